@@ -1,0 +1,34 @@
+# From notebooks/03_rmsnorm.ipynb by scripts/export.py: edit the notebook.
+"""RMSNorm: give each vector the root mean square 1.
+
+Letters: B batch, T time, D hidden_size.
+"""
+
+import torch
+from torch import nn
+
+# The class
+
+
+class LlamaRMSNorm(nn.Module):
+    """Root mean square norm with a gain for each coordinate.
+
+    Source: Zhang and Sennrich, 2019 (arXiv 1910.07467); the order of the
+    casts is that of transformers' `LlamaRMSNorm`.
+
+    Args:
+        hidden_size: D, the length of the vectors.
+        eps: added to the mean square, so that a zero vector stays finite.
+    """
+
+    def __init__(self, hidden_size, eps=1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))  # [D]
+        self.eps = eps
+
+    def forward(self, x):
+        """x [B, T, D] in any float dtype -> the same shape and dtype."""
+        x32 = x.float()  # [B, T, D]
+        mean_square = x32.square().mean(-1, keepdim=True)  # [B, T, 1]
+        y = x32 * torch.rsqrt(mean_square + self.eps)  # [B, T, D]
+        return self.weight * y.to(x.dtype)  # [B, T, D]
