@@ -1,0 +1,31 @@
+"""What every script shares: a parser with one-line errors, and exit code 2 for bad input."""
+
+import argparse
+import sys
+
+from llama_tut.config import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage text."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault(
+            "formatter_class", argparse.ArgumentDefaultsHelpFormatter
+        )
+        super().__init__(**kwargs)
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def run(main):
+    """Call `main()`; bad input becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
