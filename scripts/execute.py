@@ -1,6 +1,6 @@
 """Format, run and tidy notebooks in place, so that a second run gives the same bytes.
 
-    python scripts/execute.py notebooks/03_rmsnorm.ipynb [...]
+python scripts/execute.py notebooks/03_rmsnorm.ipynb [...]
 """
 
 import argparse

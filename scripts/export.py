@@ -1,7 +1,7 @@
 """Write llama_tut/NAME.py from the cells tagged `export` of notebooks/NN_NAME.ipynb.
 
-    python scripts/export.py            write every module
-    python scripts/export.py --check    write nothing, exit 1 on a difference
+python scripts/export.py            write every module
+python scripts/export.py --check    write nothing, exit 1 on a difference
 """
 
 import argparse
@@ -163,7 +163,9 @@ def main():
         text = export(notebook)
         if module.exists() and module.read_text() == text:
             continue
-        stale.append(f"{module.relative_to(ROOT)} differs from {notebook.name}")
+        stale.append(
+            f"{module.relative_to(ROOT)} differs from {notebook.name}"
+        )
         if not args.check:
             module.write_text(text)
             print(f"{notebook.name} -> {module.relative_to(ROOT)}")

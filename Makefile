@@ -1,0 +1,44 @@
+# The verbs of the project. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help train test book export execute check bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.venv: .venv/.ready ## make the environment from constraints.txt
+
+.venv/.ready: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
+	@touch $@
+
+train: .venv ## prepare text, pretrain a small LLaMA on two ranks, show what it learned
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash scripts/make_train.sh
+
+test: .venv ## every test, and every notebook run and compared with its committed outputs
+	@$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 -n $(JOBS) --dist loadscope
+
+book: .venv ## render the book to book/_build/html (warnings are errors)
+	@.venv/bin/jupyter-book build . --toc book/_toc.yml --config _config.yml --path-output book -W --keep-going
+	@echo open book/_build/html/index.html
+
+export: .venv ## write llama_tut/*.py from the notebooks
+	@$(PY) scripts/export.py
+
+execute: .venv ## format and run every notebook in place (NB=notebooks/03_rmsnorm.ipynb: one)
+	@$(PY) scripts/execute.py $(or $(NB),$(wildcard notebooks/*.ipynb))
+
+check: .venv ## the quick half of the tests: formatting, export, names
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) scripts/export.py --check
+
+bench: .venv ## speed beside transformers, in one process; writes benchmarks/results
+	@$(PY) benchmarks/bench_train.py && $(PY) benchmarks/bench_head_loss.py
+
+clean: ## remove what make made: the rendered book and caches (not data, runs or .venv)
+	rm -rf book/_build .pytest_cache .ruff_cache

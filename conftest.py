@@ -1,0 +1,103 @@
+"""Settings for tests and notebooks: quiet libraries, one thread a worker, and
+outputs of notebooks compared up to the last digits of a float."""
+
+import math
+import os
+import re
+
+os.environ.update(
+    TQDM_DISABLE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_VERBOSITY="error",
+    PYTHONHASHSEED="0",
+    PYTHONWARNINGS="ignore",
+    OMP_NUM_THREADS="1",
+    PYDEVD_DISABLE_FILE_VALIDATION="1",
+)
+
+import pytest  # noqa: E402
+
+NUMBER = re.compile(r"[-+]?\d[\d,]*\.\d+(?:[eE][-+]?\d+)?")
+RELATIVE, ABSOLUTE = 1e-3, 1e-5
+
+
+def same_but_for_rounding(a, b):
+    """Whether two texts are equal, decimal fractions within a tolerance.
+
+    Processors differ in the last digits of a float; whole numbers and words
+    must be the same.
+    """
+    if NUMBER.sub("#", a) != NUMBER.sub("#", b):
+        return False
+    pairs = zip(NUMBER.findall(a), NUMBER.findall(b), strict=True)
+    return all(
+        math.isclose(
+            float(x.replace(",", "")),
+            float(y.replace(",", "")),
+            rel_tol=RELATIVE,
+            abs_tol=ABSOLUTE,
+        )
+        for x, y in pairs
+    )
+
+
+def same_outputs(mine, reference):
+    """Whether two {kind: [texts]} of a cell's outputs agree."""
+    return mine.keys() == reference.keys() and all(
+        len(mine[kind]) == len(reference[kind])
+        and all(
+            same_but_for_rounding(str(a), str(b))
+            for a, b in zip(mine[kind], reference[kind], strict=True)
+        )
+        for kind in mine
+    )
+
+
+def flatten(outputs, skip):
+    """{kind: [texts]} of a cell's outputs, with the streams joined."""
+    flat = {}
+    for output in transform_streams_for_comparison(outputs):
+        fields = {**output, **output.get("data", {})}
+        for key, value in fields.items():
+            if key != "data" and key not in skip:
+                flat.setdefault(key, []).append(value)
+    return flat
+
+
+def tolerate_rounding(cell_class):
+    """Let nbval accept outputs that differ only in the last digits."""
+    exact = cell_class.compare_outputs
+
+    def compare_outputs(self, test, ref, skip_compare=None):
+        skip = skip_compare or self.parent.skip_compare
+        if same_outputs(flatten(test, skip), flatten(ref, skip)):
+            return True
+        return exact(self, test, ref, skip_compare)
+
+    cell_class.compare_outputs = compare_outputs
+
+
+try:
+    from nbval.plugin import IPyNbCell, transform_streams_for_comparison
+except ImportError:
+    IPyNbCell = ()
+else:
+    tolerate_rounding(IPyNbCell)
+
+failed_notebooks = set()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Remember a notebook in which a cell raised."""
+    report = (yield).get_result()
+    if isinstance(item, IPyNbCell) and report.when == "call" and report.failed:
+        failed_notebooks.add(item.parent.nodeid)
+
+
+def pytest_runtest_setup(item):
+    """After a failed cell the rest of its notebook would fail for no reason of its own."""
+    if isinstance(item, IPyNbCell) and item.parent.nodeid in failed_notebooks:
+        pytest.skip("an earlier cell of this notebook failed")
