@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
+from nbclient import NotebookClient
+
 QUIET = {
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -43,14 +46,10 @@ def tidy(nb, stem):
     return nb
 
 
-def run(path):
-    """Execute the notebook at `path` in a fresh kernel and write it back."""
-    import nbformat
-    from nbclient import NotebookClient
-
+def execute(path):
+    """The notebook at `path`, executed in a fresh kernel and tidied."""
     nb = nbformat.read(path, as_version=4)
-    nb.cells = [c for c in nb.cells if c.source.strip()]
-    nb = tidy(nb, path.stem)
+    nb.cells = [cell for cell in nb.cells if cell.source.strip()]
     NotebookClient(
         nb,
         timeout=600,
@@ -60,7 +59,7 @@ def run(path):
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
     ).execute()
-    nbformat.write(tidy(nb, path.stem), path)
+    return tidy(nb, path.stem)
 
 
 def main():
@@ -75,7 +74,7 @@ def main():
             cwd=ROOT,
         )
         start = time.time()
-        run(path.resolve())
+        nbformat.write(execute(path.resolve()), path)
         print(f"{path}: {time.time() - start:.1f} s")
 
 
