@@ -1,13 +1,34 @@
-"""DRAFT"""
+# From notebooks/06_mlp.ipynb by scripts/export.py: edit the notebook.
+"""SwiGLU MLP: gated neurons, for each token alone.
+
+Letters: B batch, T time, D hidden_size, I intermediate_size.
+"""
+
 from torch import nn
 from torch.nn import functional as F
 
+# The class
+
+
 class LlamaMLP(nn.Module):
+    """Gated MLP: down(silu(gate(x)) * up(x)), the same for each token.
+
+    Source: Shazeer, 2020 (arXiv 2002.05202), there called SwiGLU; names as in
+    transformers' `LlamaMLP`.
+
+    Args:
+        config: a `LlamaConfig`; hidden_size and intermediate_size are read.
+    """
+
     def __init__(self, config):
         super().__init__()
         D, I = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(D, I, bias=False)
         self.up_proj = nn.Linear(D, I, bias=False)
         self.down_proj = nn.Linear(I, D, bias=False)
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """x [B, T, D] -> [B, T, D]."""
+        gate = F.silu(self.gate_proj(x))  # [B, T, I]
+        value = self.up_proj(x)  # [B, T, I]
+        return self.down_proj(gate * value)  # [B, T, D]
