@@ -1,7 +1,7 @@
 # From notebooks/13_optimizer.ipynb by scripts/export.py: edit the notebook.
 """Optimizers: AdamW, Muon for matrices, the learning rate, clipping.
 
-Letters: D hidden_size, I intermediate_size, N parameters.
+Letters: N parameters; matrices have rows and columns.
 """
 
 import math
@@ -17,7 +17,7 @@ def decays(name):
     """Whether weight decay applies to the parameter of this name.
 
     Matrices decay, embeddings among them. Gains of norms and biases do not:
-    zero is no natural value for them.
+    zero is no natural value for a gain.
     """
     owner, _, kind = name.rpartition(".")
     owner = owner.rpartition(".")[2]
@@ -28,12 +28,12 @@ def parameter_groups(model, weight_decay):
     """Two groups for an optimizer: parameters that decay, and the others.
 
     Args:
-        model: the inner model (not wrapped), so that names are its own.
-        weight_decay: the decay of the first group.
+        model: the inner model, not wrapped, so that names are its own.
+        weight_decay: the decay of the first group; the second has none.
 
     Returns:
         A list of dicts with `params`, a list of (name, parameter), and
-        `weight_decay`. An empty group is left out.
+        `weight_decay`. A group without parameters is left out.
     """
     named = list(model.named_parameters())
     matrices = [(n, p) for n, p in named if decays(n)]
@@ -45,38 +45,92 @@ def parameter_groups(model, weight_decay):
     return [group for group in groups if group["params"]]
 
 
-# Muon
+# The learning rate
+
+
+def learning_rate_at(
+    step,
+    peak,
+    steps,
+    warmup_steps=0,
+    schedule="cosine",
+    final_fraction=0.1,
+    decay_fraction=0.2,
+):
+    """The learning rate of a step, counted from 0.
+
+    It reaches `peak` in step `warmup_steps - 1` and `final_fraction * peak`
+    in step `steps - 1`. "cosine" falls from the peak on, "wsd" (warm-up,
+    stable, decay) in the last `decay_fraction` of the steps.
+
+    Raises:
+        InputError: no schedule has this name.
+    """
+    if schedule not in ("cosine", "wsd"):
+        raise InputError(f"schedule {schedule!r}: take cosine or wsd")
+    done = step + 1
+    if done <= warmup_steps:
+        return peak * done / warmup_steps
+    fall = steps - warmup_steps
+    if schedule == "wsd":
+        fall = min(fall, round(decay_fraction * steps))
+    left = min(1.0, max(0, steps - done) / max(1, fall))  # 1: still at peak
+    if schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return peak * (final_fraction + (1 - final_fraction) * left)
+
+
+# Clipping
+
+
+def clip_gradients(parameters, max_norm):
+    """Shorten all gradients together if their norm exceeds max_norm.
+
+    Args:
+        max_norm: the largest norm allowed; infinity only measures.
+
+    Returns:
+        The norm before clipping, a scalar tensor. It is not finite if any
+        gradient is not, and so are then all gradients.
+    """
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+# Muon: a step for a matrix
 
 
 def newton_schulz(g, steps=5):
-    """Move the singular values of each matrix close to 1.
+    """Bring all singular values of each matrix close to 1.
 
-    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/; the
-    same five steps in bfloat16 as `torch.optim.Muon`.
+    Source: Jordan et al., 2024 (kellerjordan.github.io/posts/muon); the same
+    steps in bfloat16 as in `torch.optim.Muon`, for many matrices at once.
 
     Args:
-        g: matrices of one shape, [..., rows, columns].
+        g: matrices of one shape, [count, rows, columns].
 
     Returns:
         The same shape in bfloat16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.bfloat16().mT if tall else g.bfloat16()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = x @ x.mT  # square, of the shorter side
+        # b * gram + c * gram @ gram, rounded to bfloat16 only once
+        inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, inner, x, beta=a)
     return x.mT if tall else x
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for the groups marked `muon`, AdamW for all others.
+# How long is the step?
 
-    Source: Liu et al., 2025 (arXiv 2502.16982): the update is scaled to the
-    size of AdamW's, so that both share one learning rate and one decay.
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups marked `muon`, torch's AdamW for all others.
+
+    Source: Jordan et al., 2024; update size of Liu et al., 2025 (arXiv
+    2502.16982), `match_rms_adamw` in `torch.optim.Muon`.
     """
 
     def __init__(self, groups, momentum=0.95, **adamw):
@@ -90,31 +144,35 @@ class Muon(torch.optim.AdamW):
         """Update every parameter that has a gradient."""
         groups = self.param_groups
         self.param_groups = [g for g in groups if not g["muon"]]
-        super().step()
+        super().step()  # AdamW, on its own groups only
         self.param_groups = groups
         for group in groups:
             if group["muon"]:
                 for batch in equal_shapes(group["params"]):
-                    self.update(batch, group["lr"], group["weight_decay"])
+                    muon_step(self.state, batch, group, self.momentum)
 
-    def update(self, parameters, rate, weight_decay):
-        """One Muon step for matrices of one shape."""
-        for p in parameters:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in parameters]
-        gradients = [p.grad for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
-        ahead = torch._foreach_lerp(gradients, buffers, self.momentum)
-        updates = newton_schulz(torch.stack(ahead))
-        size = 0.2 * max(parameters[0].shape) ** 0.5
-        torch._foreach_mul_(parameters, 1 - rate * weight_decay)
-        updates = list((-rate * size * updates).to(parameters[0].dtype))
-        torch._foreach_add_(parameters, updates)
+
+def muon_step(state, matrices, group, momentum):
+    """One step of Muon, in place, for matrices of one shape."""
+    for p in matrices:
+        if not state[p]:  # AdamW's loader expects a `step` everywhere
+            state[p]["step"] = torch.zeros(())
+            state[p]["momentum"] = torch.zeros_like(p)
+    means = [state[p]["momentum"] for p in matrices]
+    gradients = [p.grad for p in matrices]
+    torch._foreach_lerp_(means, gradients, 1 - momentum)
+    ahead = torch._foreach_lerp(gradients, means, momentum)
+    updates = newton_schulz(torch.stack(ahead)).to(matrices[0].dtype)
+    size = group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5
+    torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(matrices, list(updates), alpha=-size)
 
 
 def equal_shapes(parameters, limit=2**26):
-    """Lists of parameters with gradients and one shape, <= limit numbers."""
+    """Lists of parameters that have gradients, of one shape each.
+
+    A list holds at most `limit` numbers, since a batch of them is copied.
+    """
     by_shape = {}
     for p in parameters:
         if p.grad is not None:
@@ -128,6 +186,22 @@ def equal_shapes(parameters, limit=2**26):
 # Building the optimizer
 
 
+def split_hidden(groups):
+    """Part the matrices of the blocks, marked `muon`, from embeddings and
+    head; the groups are those of `parameter_groups`."""
+    tables = ("embed", "lm_head", "wte", "wpe")
+    parted = []
+    for group in groups:
+        hidden, rest = [], []
+        for name, p in group["params"]:
+            table = any(word in name for word in tables)
+            is_map = decays(name) and p.ndim == 2 and not table
+            (hidden if is_map else rest).append((name, p))
+        parted.append({**group, "params": hidden, "muon": True})
+        parted.append({**group, "params": rest, "muon": False})
+    return [group for group in parted if group["params"]]
+
+
 def build_optimizer(
     model,
     name="adamw",
@@ -135,7 +209,7 @@ def build_optimizer(
     weight_decay=0.1,
     betas=(0.9, 0.95),
 ):
-    """The optimizer of this name for the inner model.
+    """The optimizer of this name for the inner model, fused where torch can.
 
     Args:
         name: "adamw", or "muon": Muon for the matrices inside the blocks,
@@ -145,76 +219,10 @@ def build_optimizer(
         InputError: no optimizer has this name.
     """
     groups = parameter_groups(model, weight_decay)
-    device = next(model.parameters()).device.type
-    settings = dict(lr=learning_rate, betas=betas, eps=1e-8)
-    settings["fused"] = device in ("cpu", "cuda", "mps")
+    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
+    settings = dict(lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
     if name == "adamw":
         return torch.optim.AdamW(groups, **settings)
     if name == "muon":
         return Muon(split_hidden(groups), **settings)
-    raise InputError(f"optimizer {name!r} is unknown: take adamw or muon")
-
-
-def split_hidden(groups):
-    """Part the matrices inside the blocks from the group that decays."""
-    matrices, *others = groups
-    named = matrices["params"]
-    hidden = [(n, p) for n, p in named if ".layers." in n and p.ndim == 2]
-    names = {n for n, _ in hidden}
-    rest = [(n, p) for n, p in named if n not in names]
-    parts = [
-        {**matrices, "params": hidden, "muon": True},
-        {**matrices, "params": rest},
-    ]
-    return [part for part in parts if part["params"]] + others
-
-
-# The learning rate
-
-
-def learning_rate_at(
-    step,
-    peak,
-    steps,
-    warmup_steps,
-    schedule="cosine",
-    final_fraction=0.1,
-    decay_fraction=0.2,
-):
-    """The learning rate of a step, counted from 0.
-
-    Args:
-        peak: the largest rate, reached in step `warmup_steps - 1`.
-        steps: steps of the whole run; the last has `final_fraction * peak`.
-        schedule: "cosine" falls from the peak on; "wsd" (warm-up, stable,
-            decay) holds the peak and falls in the last `decay_fraction`.
-
-    Raises:
-        InputError: no schedule has this name.
-    """
-    done = step + 1
-    if done <= warmup_steps:
-        return peak * done / warmup_steps
-    low = final_fraction * peak
-    if schedule == "cosine":
-        part = min(1.0, (done - warmup_steps) / max(1, steps - warmup_steps))
-        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * part))
-    if schedule == "wsd":
-        left = max(0.0, steps - done) / max(1, decay_fraction * steps)
-        return low + (peak - low) * min(1.0, left)
-    raise InputError(f"schedule {schedule!r} is unknown: take cosine or wsd")
-
-
-# Clipping
-
-
-def clip_gradients(parameters, max_norm):
-    """Scale all gradients down together if their norm exceeds max_norm.
-
-    Args:
-        max_norm: the largest norm allowed; infinity only measures.
-
-    Returns:
-        The norm before clipping, a scalar tensor.
-    """
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    raise InputError(f"optimizer {name!r}: take adamw or muon")
