@@ -1,0 +1,1109 @@
+# From notebooks/16_trainer.ipynb by scripts/export.py: edit the notebook.
+"""Trainer: options, presets, a memory plan, and the loop that trains.
+
+Letters: B batch, T time, D hidden_size, H heads, K kv heads, C head_dim,
+I intermediate_size, V vocabulary, L layers, W ranks, N parameters, M rows of
+an epoch.
+"""
+
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import matplotlib.style
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from llama_tut.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+)
+from llama_tut.config import InputError, LlamaConfig, RopeScaling, option
+from llama_tut.distributed import (
+    Ranks,
+    mean_over_ranks,
+    micro_step_sync,
+    shared_errors,
+    start,
+    stop,
+    wait_for_all,
+    wrap,
+)
+from llama_tut.generate import generate
+from llama_tut.loader import ShardLoader
+from llama_tut.model import (
+    LlamaForCausalLM,
+    initialize,
+)
+from llama_tut.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate_at,
+)
+from llama_tut.tokens import (
+    DatasetInfo,
+    load_dataset_info,
+    read_tokenizer,
+    write_json,
+)
+from llama_tut.weights import save_pretrained
+
+# Options
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run: its name, its default and a sentence."""
+
+    data: str = option("", "folder with tokens, made by scripts/prepare.py")
+    out: str = option("", "folder of this run")
+    preset: str = option("laptop", "row of PRESETS that the others start from")
+    resume: bool = option(False, "go on from the newest valid checkpoint")
+    steps: int = option(100, "optimizer steps of the whole run")
+    sequence_length: int = option(128, "T, tokens in a row")
+    micro_batch_size: int = option(4, "B, rows a rank takes at once")
+    tokens_per_step: int = option(1024, "tokens of one step, of all ranks")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "which optimizer")
+    learning_rate: float = option(3e-3, "largest learning rate")
+    warmup_steps: int | None = option(None, "steps of warm-up (None: 5 %)")
+    schedule: Literal["cosine", "wsd"] = option("cosine", "after the warm-up")
+    final_fraction: float = option(0.1, "last rate over the largest")
+    weight_decay: float = option(0.1, "decay of the matrices")
+    beta1: float = option(0.9, "memory of AdamW's mean of the gradient")
+    beta2: float = option(0.95, "memory of AdamW's mean of its square")
+    max_norm: float = option(1.0, "gradients are clipped to this norm")
+    seed: int = option(0, "of the first weights and the order of the rows")
+    dtype: Literal["float32", "bfloat16", "auto"] = option(
+        "float32", "of the matrix products (auto: bfloat16 where it is fast)"
+    )
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    compile: bool = option(False, "compile the model, if a compiler is here")
+    vocab_multiple: int = option(1, "round V up to a multiple of this")
+    eval_every: int = option(0, "steps between validations (0: at the end)")
+    eval_rows: int = option(256, "rows of the validation text to measure")
+    samples: int = option(2, "texts to write at the end")
+    sample_tokens: int = option(100, "tokens of each text")
+    prompt: str = option("", "how the texts begin")
+    checkpoint_every: int = option(0, "steps between checkpoints (0: end)")
+    keep_checkpoints: int = option(3, "how many of them to keep")
+    model: dict = field(
+        default_factory=dict, metadata={"help": "fields of LlamaConfig"}
+    )
+
+    def __post_init__(self):
+        check_options(self)
+
+
+LIMITS = {
+    "steps": (1, math.inf),
+    "sequence_length": (1, math.inf),
+    "micro_batch_size": (1, math.inf),
+    "tokens_per_step": (1, math.inf),
+    "learning_rate": (0, 10),
+    "warmup_steps": (0, math.inf),
+    "final_fraction": (0, 1),
+    "weight_decay": (0, 10),
+    "beta1": (0, 0.99999),
+    "beta2": (0, 0.99999),
+    "max_norm": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+    "vocab_multiple": (1, 2**20),
+    "eval_every": (0, math.inf),
+    "eval_rows": (1, math.inf),
+    "samples": (0, 1000),
+    "sample_tokens": (1, math.inf),
+    "checkpoint_every": (0, math.inf),
+    "keep_checkpoints": (1, math.inf),
+}
+
+
+def check_options(config):
+    """Refuse values that no run can have, by the option's name.
+
+    Raises: InputError.
+    """
+    for name, (low, high) in LIMITS.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            above = f"at most {high}" if value > high else f"at least {low}"
+            raise InputError(f"{flag(name)} must be {above}, not {value}")
+    for one in fields(config):
+        value, allowed = getattr(config, one.name), choices(one)
+        if allowed and value not in allowed:
+            raise InputError(
+                f"{flag(one.name)} {value!r}: take {' or '.join(allowed)}"
+            )
+
+
+def choices(one):
+    """The values that a field of TrainConfig allows; () for any."""
+    return get_args(one.type) if get_origin(one.type) is Literal else ()
+
+
+def flag(name):
+    """The command line's spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+# Presets
+
+SHAPES = {
+    "1m": dict(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "124m": dict(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        tie_word_embeddings=True,
+    ),
+    "350m": dict(
+        hidden_size=1024,
+        intermediate_size=2688,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rope_theta=500_000.0,
+    ),
+}
+
+COLUMNS = (
+    "shape sequence_length micro_batch_size tokens_per_step steps "
+    "learning_rate eval_every checkpoint_every"
+).split()
+ROWS = {
+    "laptop": ("1m", 128, 4, 1_024, 4_000, 3e-3, 500, 500),
+    "24gb": ("124m", 1024, 8, 524_288, 19_073, 6e-4, 250, 250),
+    "24gb-350m": ("350m", 1024, 4, 524_288, 19_073, 3e-4, 250, 250),
+    "h100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 250),
+    "h100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 250),
+    "8xh100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 1_000),
+    "8xh100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 1_000),
+    "llama3-8b": ("8b", 8192, 1, 524_288, 19_073, 3e-4, 250, 1_000),
+}
+
+
+def preset(name):
+    """The options of one row of PRESETS."""
+    row = dict(zip(COLUMNS, ROWS[name], strict=True))
+    full_size = name != "laptop"
+    return {
+        "preset": name,
+        "dtype": "bfloat16" if full_size else "auto",
+        "compile": full_size,
+        "vocab_multiple": 128 if full_size else 1,
+        "model": SHAPES[row.pop("shape")],
+        **row,
+    }
+
+
+PRESETS = {name: preset(name) for name in ROWS}
+
+# From options to a config
+
+
+def configure(options):
+    """A TrainConfig from the options that were given.
+
+    They win over the preset's, which win over the defaults. With `resume`,
+    the options that the run was started with take the preset's place. Names
+    of LlamaConfig's fields go to `model`.
+
+    Raises: InputError for an unknown preset or a value that cannot be.
+    """
+    names = {f.name for f in fields(TrainConfig)}
+    own = {k: v for k, v in options.items() if k in names}
+    model = {k: v for k, v in options.items() if k not in names}
+    for name in model.keys() - {f.name for f in fields(LlamaConfig)}:
+        raise InputError(f"{flag(name)} is no option")
+    base = started_with(own) or row_of(own.get("preset", "laptop"))
+    if base["preset"] != own.get("preset", base["preset"]):
+        raise InputError(
+            f"--preset {own['preset']}: this run was started with "
+            f"{base['preset']}"
+        )
+    return TrainConfig(**base | own | {"model": base["model"] | model})
+
+
+def row_of(name):
+    """One row of PRESETS."""
+    if name not in PRESETS:
+        raise InputError(
+            f"--preset {name!r} is unknown: take {', '.join(PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def started_with(options):
+    """The options that a run to be resumed was started with, if any."""
+    path = Path(options.get("out", "")) / "config.json"
+    if not options.get("resume") or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())["config"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path}: not readable ({error})") from error
+
+
+# Build the model
+
+
+def llama_config(config, info):
+    """The LlamaConfig of a run on this data.
+
+    Raises: InputError when the vocabulary does not hold the data's.
+    """
+    multiple = config.vocab_multiple
+    options = {
+        "vocab_size": math.ceil(info.vocab_size / multiple) * multiple,
+        "max_position_embeddings": config.sequence_length,
+        "bos_token_id": info.end_of_text,
+        "eos_token_id": info.end_of_text,
+        **config.model,
+    }
+    if isinstance(options.get("rope_scaling"), dict):
+        options["rope_scaling"] = RopeScaling(**options["rope_scaling"])
+    shape = LlamaConfig(**options)
+    if shape.vocab_size < info.vocab_size:
+        raise InputError(
+            f"--vocab-size {shape.vocab_size}: the data has "
+            f"{info.vocab_size} different tokens"
+        )
+    if shape.max_position_embeddings < config.sequence_length:
+        raise InputError(
+            f"--sequence-length {config.sequence_length} is longer than "
+            f"--max-position-embeddings {shape.max_position_embeddings}"
+        )
+    return shape
+
+
+def build_llama(config, info):
+    """A LLaMA with random weights for these options and this data."""
+    model = LlamaForCausalLM(llama_config(config, info))
+    initialize(model)
+    return model
+
+
+# Accumulation
+
+
+def micro_steps(config, world_size):
+    """Micro batches a rank takes in one step.
+
+    Raises: InputError when the tokens of a step cannot be shared out.
+    """
+    B, T = config.micro_batch_size, config.sequence_length
+    at_once = B * T * world_size
+    if config.tokens_per_step % at_once:
+        raise InputError(
+            f"--tokens-per-step {config.tokens_per_step} is not a multiple "
+            f"of micro batch {B} x sequence length {T} x {world_size} ranks "
+            f"= {at_once}: change one of them"
+        )
+    return config.tokens_per_step // at_once
+
+
+# Precision
+
+
+def matmul_dtype(config, device):
+    """float32 or bfloat16; "auto" asks the processor."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        has = torch.cpu.get_capabilities()
+        fast = has.get("avx512_bf16") or has.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device, dtype):
+    """A context in which matrix products run in `dtype`."""
+    on = dtype != torch.float32
+    return torch.autocast(device.type, dtype if on else None, enabled=on)
+
+
+# The memory plan
+
+
+def activation_bytes(shape, rows, dtype):
+    """Bytes that `rows` tokens keep for the backward pass of a LLaMA."""
+    D, I = shape.hidden_size, shape.intermediate_size
+    q = shape.num_attention_heads * shape.head_dim
+    kv = shape.num_key_value_heads * shape.head_dim
+    a = dtype.itemsize
+    norm = 2 * 4 * D + a * D
+    attention = a * (2 * q + 2 * kv) + a * q
+    mlp = a * 4 * I
+    layer = 2 * norm + attention + mlp
+    return rows * (shape.num_hidden_layers * layer + norm)
+
+
+def memory_plan(config, model, world_size, dtype):
+    """Bytes of one rank, by purpose. The model may be on the meta device."""
+    rows = config.micro_batch_size * config.sequence_length
+    N = sum(p.numel() for p in model.parameters())
+    plan = {
+        "parameters": 4 * N,
+        "gradients": 4 * N,
+        "optimizer": 8 * N,
+        "bfloat16 copies": 2 * N if dtype == torch.bfloat16 else 0,
+    }
+    if isinstance(model.config, LlamaConfig):
+        plan["activations"] = activation_bytes(model.config, rows, dtype)
+        plan["logits"] = 4 * min(rows, 1024) * model.config.vocab_size
+    return plan
+
+
+def capacity(device):
+    """Bytes that one rank may use on this device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()))
+    return total // ranks_here
+
+
+def check_memory(plan, available, where):
+    """Refuse a plan that cannot fit. Raises: InputError."""
+    total = sum(plan.values())
+    if total <= available:
+        return
+    activations = plan.get("activations", 0) + plan.get("logits", 0)
+    advice = "choose a smaller --micro-batch-size"
+    if total - activations > available:
+        advice = "choose a smaller model, or a larger device"
+    raise InputError(
+        f"a rank needs {gigabytes(total)} (of which activations "
+        f"{gigabytes(activations)}), {where} has {gigabytes(available)} for "
+        f"it: {advice}"
+    )
+
+
+def gigabytes(count):
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+# One step
+
+
+def train_step(model, optimizer, batches, max_norm=1.0, cast=None):
+    """One optimizer step on k micro batches, averaged.
+
+    Args:
+        batches: a list of (inputs, targets), each [B, T].
+        cast: called before each forward pass for a context, as `autocast`.
+
+    Returns: the mean loss of this rank and the norm of the gradient, scalars.
+    """
+    cast = cast or partial(autocast, torch.device("cpu"), torch.float32)
+    total = 0.0
+    for i, (inputs, targets) in enumerate(batches):
+        with micro_step_sync(model, last=i == len(batches) - 1):
+            with cast():
+                loss = model(inputs, targets=targets) / len(batches)
+            loss.backward()
+        total = total + loss.detach()
+    norm = clip_gradients(model.parameters(), max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, norm
+
+
+# Validation
+
+
+@torch.no_grad()
+def evaluate(model, loader, rows, ranks, cast=None):
+    """Mean loss in nats a token over the first `rows` rows of `loader`.
+
+    Rank r takes batches r, r + W and so on; what goes beyond `rows` does not
+    count. The result is the same on every rank, whatever W and B are.
+    """
+    cast = cast or partial(autocast, ranks.device, torch.float32)
+    B = loader.batch_size
+    total = torch.zeros(2, dtype=torch.float64)
+    model.eval()
+    for first in range(ranks.rank * B, rows, ranks.world_size * B):
+        loader.position = first
+        inputs, targets = loader.next_batch()
+        targets[rows - first :] = -100
+        with cast():
+            loss = model(
+                inputs.to(ranks.device), targets=targets.to(ranks.device)
+            )
+        count = (targets >= 0).sum()
+        total += torch.tensor([loss.item() * count, count])
+    model.train()
+    if ranks.world_size > 1:
+        total = mean_over_ranks(total.to(ranks.device))
+    return (total[0] / total[1]).item()
+
+
+# Compile
+
+
+def compiled(model, config, ranks, cast):
+    """The model compiled, or itself, with one line that says why not."""
+    fast = torch.compile(model)
+    shape = (config.micro_batch_size, config.sequence_length)
+    ids = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
+    problem = None
+    try:
+        with cast():
+            loss = fast(ids, targets=ids)
+        loss.backward()
+    except Exception as error:
+        problem = str(error).strip().splitlines()[0]
+    model.zero_grad()
+    problems = gather(ranks, problem)
+    if any(problems):
+        reason = next(filter(None, problems))
+        say(ranks, f"not compiled, training eagerly: {reason}")
+        return model
+    return fast
+
+
+def gather(ranks, value):
+    """The values of all ranks, as a list; waits for slow ones."""
+    values = [value]
+    if ranks.patient is not None:
+        values = [None] * ranks.world_size
+        dist.all_gather_object(values, value, group=ranks.patient)
+    return values
+
+
+def say(ranks, line):
+    """One line to stdout, once for all ranks."""
+    if ranks.rank == 0:
+        tqdm.write(line, file=sys.stdout)
+
+
+# Rank 0 works, all hear
+
+
+def on_rank_zero(ranks, function, *arguments):
+    """Call a function on rank 0 only; all ranks get its result.
+
+    The others wait as long as it takes. An InputError is raised on all.
+    """
+    answer, problem = None, None
+    if ranks.rank == 0:
+        try:
+            answer = function(*arguments)
+        except InputError as error:
+            problem = str(error)
+    if ranks.patient is not None:
+        box = [answer, problem]
+        dist.broadcast_object_list(box, src=0, group=ranks.patient)
+        answer, problem = box
+    if problem is not None:
+        raise InputError(problem)
+    return answer
+
+
+# The run's folder
+
+
+def lock_folder(folder, wait_s=5):
+    """Lock a run's folder; the lock ends with the process, however it ends.
+
+    Raises: InputError when it cannot be made, or another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from error
+    for _ in range(10 * wait_s):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            time.sleep(0.1)  # perhaps a killed run that is just ending
+    lock.close()
+    raise InputError(
+        f"{folder} is in use by a run that is going on: wait for it, "
+        "or choose another --out"
+    )
+
+
+@contextmanager
+def claimed(config, ranks):
+    """Hold the run's folder on rank 0, for all ranks.
+
+    Raises: InputError when it is in use, or holds a run and `resume` is off.
+    """
+    folder, lock = Path(config.out), None
+    with shared_errors():
+        if ranks.rank == 0:
+            lock = lock_folder(folder)
+            held = [folder / "metrics.jsonl", folder / "checkpoints"]
+            if not config.resume and any(path.exists() for path in held):
+                raise InputError(
+                    f"{folder} holds a run already: go on with --resume, or "
+                    "choose another --out"
+                )
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+class Recorder:
+    """Writes what a run measures: a line a step, TensorBoard, a bar.
+
+    Only rank 0 has one. A write that fails is kept in `problem`, so that all
+    ranks can stop together.
+    """
+
+    def __init__(self, folder, step, steps):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = Path(folder) / "metrics.jsonl"
+        self.problem = None
+        truncate(self.path, step)
+        self.file = open(self.path, "a")
+        self.board = SummaryWriter(
+            Path(folder) / "tensorboard", purge_step=step + 1
+        )
+        self.bar = tqdm(
+            total=steps, initial=step, unit="step", disable=None, leave=False
+        )
+
+    def write(self, line):
+        """Append one step's line."""
+        try:
+            print(json.dumps(line), file=self.file, flush=True)
+            for name, value in line.items():
+                if name not in ("step", "tokens"):
+                    self.board.add_scalar(name, value, line["step"])
+        except OSError as error:
+            self.problem = f"cannot write {self.path}: {error.strerror}"
+        self.bar.set_postfix_str(
+            f"loss {line['loss']:.3f}, "
+            f"{line['tokens_per_second']:,.0f} tokens/s",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def flush(self):
+        """Wait until the lines are on the disk."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            self.problem = f"cannot write {self.path}: {error.strerror}"
+
+    def close(self):
+        """Close files; errors were reported before."""
+        self.bar.close()
+        for one in (self.file, self.board):
+            try:
+                one.close()
+            except OSError:
+                pass
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl; one cut off at the end is left out."""
+    lines = []
+    for text in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def truncate(path, step):
+    """Drop the lines of steps after `step`: they will be done again."""
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    temporary = path.with_name(".metrics.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+# Stopping
+
+
+@contextmanager
+def stop_signals():
+    """Note SIGTERM and SIGINT instead of dying; yields the list of them."""
+    seen = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(number, frame):
+        if number == signal.SIGINT and signal.SIGINT in seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# A run
+
+
+@dataclass
+class Run:
+    """What the functions of the loop share."""
+
+    config: TrainConfig
+    info: DatasetInfo
+    ranks: Ranks
+    model: torch.nn.Module  # owns the parameters
+    parallel: torch.nn.Module  # what a step calls: compiled, DDP
+    optimizer: torch.optim.Optimizer
+    loader: ShardLoader
+    validation: ShardLoader
+    cast: Callable
+    step: int = 0
+    recorder: Recorder | None = None
+
+
+def open_loaders(config, ranks):
+    """The training rows of this rank, and the validation rows."""
+    B, T = config.micro_batch_size, config.sequence_length
+    loader = ShardLoader(
+        config.data,
+        "train",
+        B,
+        T,
+        ranks.rank,
+        ranks.world_size,
+        seed=config.seed,
+    )
+    validation = ShardLoader(config.data, "val", 1, T, shuffle=False)
+    validation.batch_size = min(B, len(validation))
+    return loader, validation
+
+
+def plan(config, info, ranks, build_model):
+    """Say what will be done and what it needs; refuse what cannot fit."""
+    k = micro_steps(config, ranks.world_size)
+    dtype = matmul_dtype(config, ranks.device)
+    with torch.device("meta"):
+        model = build_model(config, info)
+    memory = memory_plan(config, model, ranks.world_size, dtype)
+    N = sum(p.numel() for p in model.parameters())
+    tokens = config.steps * config.tokens_per_step
+    T = config.sequence_length
+    say(
+        ranks,
+        f"{N:,} parameters, {tokens:,} tokens in {config.steps:,} steps "
+        f"({tokens / info.train_tokens:.2f} epochs)",
+    )
+    say(
+        ranks,
+        f"{ranks.world_size} ranks on {ranks.device.type} x {k} micro "
+        f"batches x {config.micro_batch_size} rows x {T} tokens = "
+        f"{config.tokens_per_step:,} tokens a step, {dtype}",
+    )
+    parts = ", ".join(f"{n} {gigabytes(b)}" for n, b in memory.items() if b)
+    total, room = sum(memory.values()), capacity(ranks.device)
+    say(
+        ranks,
+        f"memory of a rank: {parts}: {gigabytes(total)} of {gigabytes(room)}",
+    )
+    check_memory(memory, room, f"each rank on {ranks.device.type}")
+
+
+def prepare_run(config, info, ranks, build_model):
+    """Model, optimizer and data of a run, at its first step or resumed."""
+    torch.manual_seed(config.seed)
+    with shared_errors():
+        loader, validation = open_loaders(config, ranks)
+    model = build_model(config, info).to(ranks.device)
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        config.learning_rate,
+        config.weight_decay,
+        (config.beta1, config.beta2),
+    )
+    cast = partial(autocast, ranks.device, matmul_dtype(config, ranks.device))
+    parallel = model
+    if config.compile:
+        parallel = compiled(model, config, ranks, cast)
+    wait_for_all(ranks)
+    run = Run(
+        config,
+        info,
+        ranks,
+        model,
+        wrap(parallel, ranks),
+        optimizer,
+        loader,
+        validation,
+        cast,
+    )
+    if config.resume:
+        resume(run)
+    return run
+
+
+# Resume
+
+SAME = ("sequence_length", "tokens_per_step", "seed", "optimizer")
+
+
+def saved_state(run):
+    """The plain values of a checkpoint, as they are now."""
+    shape = getattr(run.model.config, "to_hf", dict)()
+    return {
+        "position": run.loader.position,
+        "world_size": run.ranks.world_size,
+        "data": run.info.hash,
+        "model": shape,
+        "config": asdict(run.config),
+    }
+
+
+def check_same(path, state, run):
+    """Refuse to go on as another run. Raises: InputError."""
+    now = saved_state(run)
+    pairs = [
+        (flag(name), state["config"][name], now["config"][name])
+        for name in SAME
+    ]
+    pairs.append(("the data's hash", state["data"], now["data"]))
+    before, after = state["model"], json.loads(json.dumps(now["model"]))
+    for name in sorted(before.keys() | after.keys()):
+        pairs.append((flag(name), before.get(name), after.get(name)))
+    for name, old, new in pairs:
+        if old != new:
+            raise InputError(
+                f"cannot resume {path}: {name} was {old}, now it is {new}; "
+                "give the old value, or start anew with another --out"
+            )
+
+
+def resume(run):
+    """Put the newest valid checkpoint into the run; none: start at 0."""
+    folder = Path(run.config.out) / "checkpoints"
+    path = on_rank_zero(run.ranks, latest_checkpoint, folder)
+    if path is None:
+        say(run.ranks, f"no checkpoint in {folder}: starting at step 0")
+        return
+    with shared_errors():
+        state = json.loads((path / "state.json").read_text())
+        check_same(path, state, run)
+    with shared_errors():
+        load_checkpoint(path, run.model, run.optimizer, run.ranks.rank)
+    run.step, run.loader.position = state["step"], state["position"]
+    say(run.ranks, f"resumed at step {run.step:,} from {path}")
+
+
+def save(run):
+    """Write a checkpoint; all ranks call it, rank 0 writes."""
+    random = gather(run.ranks, random_states())
+    on_rank_zero(run.ranks, write_run, run, random)
+
+
+def write_run(run, random):
+    """Rank 0's part of `save`."""
+    run.recorder.flush()
+    folder = Path(run.config.out) / "checkpoints"
+    if run.recorder.problem:
+        raise InputError(run.recorder.problem)
+    keep = run.config.keep_checkpoints
+    state = saved_state(run)
+    save_checkpoint(
+        folder, run.step, run.model, run.optimizer, state, keep, random
+    )
+
+
+# The loop
+
+
+def rate_of(config, step):
+    """Learning rate of a step, counted from 0."""
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = config.steps // 20
+    return learning_rate_at(
+        step,
+        config.learning_rate,
+        config.steps,
+        warmup,
+        config.schedule,
+        config.final_fraction,
+    )
+
+
+def one_step(run, stopping):
+    """Take one step; its line for metrics.jsonl, and whether to stop.
+
+    The loss and the wish to stop travel in one tensor: so all ranks know the
+    same loss and stop after the same step.
+    """
+    config, device = run.config, run.ranks.device
+    began = time.perf_counter()
+    rate = rate_of(config, run.step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    k = micro_steps(config, run.ranks.world_size)
+    batches = [
+        [ids.to(device) for ids in run.loader.next_batch()] for _ in range(k)
+    ]
+    loss, norm = train_step(
+        run.parallel, run.optimizer, batches, config.max_norm, run.cast
+    )
+    wish = torch.tensor(float(stopping), device=device)
+    loss, wish = mean_over_ranks(torch.stack((loss, wish))).tolist()
+    run.step += 1
+    seconds = time.perf_counter() - began
+    line = {
+        "step": run.step,
+        "loss": loss,
+        "lr": rate,
+        "grad_norm": norm.item(),
+        "tokens": run.step * config.tokens_per_step,
+        "tokens_per_second": round(config.tokens_per_step / seconds, 1),
+    }
+    return line, wish > 0
+
+
+def validate(run):
+    """Validation loss in nats a token and bits a byte."""
+    rows = min(run.config.eval_rows, len(run.validation))
+    nats = evaluate(run.model, run.validation, rows, run.ranks, run.cast)
+    line = {"val_loss": nats, "bits_per_byte": run.info.bits_per_byte(nats)}
+    say(
+        run.ranks,
+        f"step {run.step:,}: validation {nats:.4f} nats a token, "
+        f"{line['bits_per_byte']:.4f} bits a byte",
+    )
+    return line
+
+
+def loop(run, signals):
+    """Train until the last step or a signal; whether the end was reached."""
+    config = run.config
+    stopping = False
+    while run.step < config.steps and not stopping:
+        problem = run.recorder is not None and run.recorder.problem
+        line, stopping = one_step(run, bool(signals or problem))
+        if not math.isfinite(line["loss"]):
+            raise InputError(
+                f"the loss is {line['loss']} at step {run.step}: go on from "
+                "the last checkpoint with a smaller --learning-rate"
+            )
+        last = run.step == config.steps
+        if last or due(run.step, config.eval_every):
+            line |= validate(run)
+        if run.recorder is not None:
+            run.recorder.write(line)
+        if last or stopping or due(run.step, config.checkpoint_every):
+            save(run)
+    return run.step == config.steps
+
+
+def due(step, every):
+    """Whether something done every so many steps is due now."""
+    return every > 0 and step % every == 0
+
+
+# The end of a run
+
+
+def floors(info):
+    """Losses in nats a token that need no model of the text."""
+    return {
+        "uniform": math.log(info.vocab_size),
+        "unigram": info.unigram_nats,
+        "bigram": info.bigram_nats,
+    }
+
+
+def draw_curves(folder, info, width=7.2, height=4.0):
+    """A Figure of the losses in a run's metrics.jsonl, with its floors."""
+    lines = read_metrics(Path(folder) / "metrics.jsonl")
+    with matplotlib.style.context("llama_tut.book"):
+        figure = Figure((width, height), layout="constrained")
+        ax = figure.add_subplot()
+        tokens = [line["tokens"] for line in lines]
+        losses = [line["loss"] for line in lines]
+        ax.plot(tokens, losses, lw=0.6, alpha=0.6, label="training")
+        measured = [line for line in lines if "val_loss" in line]
+        ax.plot(
+            [line["tokens"] for line in measured],
+            [line["val_loss"] for line in measured],
+            "o-",
+            label="validation",
+        )
+        for name, nats in floors(info).items():
+            ax.axhline(nats, color="0.5", lw=1, ls="--")
+            ax.annotate(
+                f"{name} {nats:.2f}",
+                (1, nats),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                color="0.3",
+            )
+        ax.set(xlabel="tokens", ylabel="nats a token")
+        ax.legend(loc="upper center")
+    return figure
+
+
+def report(run, last):
+    """Print the last losses beside their floors."""
+    bits = run.info.bits_per_byte
+    table = {"this model, validation": last["val_loss"], **floors(run.info)}
+    tqdm.write(f"{'':24}nats a token  bits a byte")
+    for name, nats in table.items():
+        tqdm.write(f"{name:24}{nats:12.4f}{bits(nats):13.4f}")
+
+
+def write_samples(run):
+    """Print a few texts of the model; also to samples.txt."""
+    config = run.config
+    tokenizer = read_tokenizer(Path(config.data) / "tokenizer")
+    prompt = [run.info.end_of_text, *tokenizer.encode(config.prompt).ids]
+    ids = torch.tensor([prompt], device=run.ranks.device)
+    room = run.model.config.max_position_embeddings - len(prompt)
+    random = torch.Generator(run.ranks.device).manual_seed(config.seed)
+    texts = []
+    run.model.eval()
+    for _ in range(config.samples):
+        out = generate(
+            run.model,
+            ids,
+            min(config.sample_tokens, room),
+            temperature=0.8,
+            top_k=50,
+            generator=random,
+            stop_tokens=(run.info.end_of_text,),
+        )
+        texts.append(tokenizer.decode(out[0].tolist()))
+    run.model.train()
+    for number, text in enumerate(texts, 1):
+        tqdm.write(f"--- sample {number}\n{text}")
+    return texts
+
+
+def finish(run, ended):
+    """Rank 0, after the last step: report, curves, samples, model."""
+    folder = Path(run.config.out)
+    if run.recorder.problem:
+        raise InputError(run.recorder.problem)
+    lines = read_metrics(folder / "metrics.jsonl")
+    if ended:
+        run.recorder.bar.close()
+        report(run, lines[-1])
+        write_samples(run)
+        write_model(run, folder / "model")
+    if lines:
+        draw_curves(folder, run.info).savefig(folder / "curves.png", dpi=150)
+    return lines[-1] if lines else None
+
+
+def write_model(run, folder):
+    """The model with its tokenizer, as a Hugging Face folder."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        Path(run.config.data) / "tokenizer"
+    )
+    save_pretrained(run.model, folder, tokenizer)
+    tqdm.write(f"wrote {folder}")
+
+
+# Train
+
+
+def train(config, build_model=build_llama):
+    """Train a model as `config` says; every rank calls this.
+
+    Args:
+        build_model: called with (config, info); gives a model that returns
+            the loss when called with ids and `targets`.
+
+    Returns: the last line of metrics.jsonl.
+    Raises: InputError for everything that the options or the data get wrong.
+    """
+    for name in ("data", "out"):
+        if not getattr(config, name):
+            raise InputError(f"{flag(name)} is missing: name a folder")
+    with stop_signals() as signals:
+        info = load_dataset_info(config.data)
+        ranks = start(config.device)
+        try:
+            plan(config, info, ranks, build_model)
+            with claimed(config, ranks):
+                run = prepare_run(config, info, ranks, build_model)
+                return carry_out(run, signals)
+        finally:
+            stop()
+
+
+def carry_out(run, signals):
+    """Train a prepared run to its end, or to a signal."""
+    on_rank_zero(run.ranks, open_recorder, run)
+    try:
+        ended = loop(run, signals)
+        if not ended:
+            say(run.ranks, f"stopped at step {run.step:,}: --resume goes on")
+        return on_rank_zero(run.ranks, finish, run, ended)
+    finally:
+        if run.recorder is not None:
+            run.recorder.close()
+
+
+def open_recorder(run):
+    """Rank 0: note how the run was started, and open its metrics."""
+    folder = Path(run.config.out)
+    about = {
+        "config": asdict(run.config),
+        "command": sys.argv,
+        "torch": torch.__version__,
+        "data": asdict(run.info),
+    }
+    try:
+        write_json(folder / "config.json", about)
+        run.recorder = Recorder(folder, run.step, run.config.steps)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error

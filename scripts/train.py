@@ -1,0 +1,92 @@
+"""Train a model: one process, or one rank under torchrun (scripts/train_ddp.sh).
+
+    python scripts/train.py --data data/docs --out runs/first
+    python scripts/train.py --out runs/first --resume
+
+Every option is a field of TrainConfig or of the model's LlamaConfig.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import fields
+from types import UnionType
+from typing import get_args
+
+from cli import Parser, run
+
+from llama_tut.config import InputError, LlamaConfig, RopeScaling
+from llama_tut.trainer import (
+    PRESETS,
+    TrainConfig,
+    choices,
+    configure,
+    flag,
+    train,
+)
+
+
+def rope_scaling(text):
+    """RopeScaling's fields from JSON."""
+    try:
+        value = json.loads(text)
+        RopeScaling(**value)
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"not a RopeScaling: {error}"
+        ) from error
+    return value
+
+
+def kind(field):
+    """The argparse settings for the type of a dataclass field."""
+    if choices(field):
+        return {"choices": choices(field)}
+    types = get_args(field.type) if isinstance(field.type, UnionType) else ()
+    plain = (types or (field.type,))[0]
+    if plain is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if plain is RopeScaling:
+        return {"type": rope_scaling, "metavar": "JSON"}
+    return {"type": plain, "metavar": plain.__name__.upper()}
+
+
+def build_parser():
+    """A parser with an option for each field; only given ones are kept."""
+    parser = Parser(
+        description=__doc__.split("\n")[0],
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.HelpFormatter,
+    )
+    for title, config in (("run", TrainConfig), ("model", LlamaConfig)):
+        group = parser.add_argument_group(title)
+        for field in fields(config):
+            if field.name == "model":  # what the second group fills
+                continue
+            text = field.metadata["help"].replace("%", "%%")
+            if config is TrainConfig:
+                text += f" (default: {field.default})"
+            group.add_argument(
+                flag(field.name),
+                dest=field.name,
+                help=text,
+                **kind(field),
+            )
+    parser.epilog = "presets: " + ", ".join(PRESETS)
+    return parser
+
+
+def main():
+    try:
+        train(configure(vars(build_parser().parse_args())))
+    except InputError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # rank 0 says it; torchrun then ends us
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    run(main)
