@@ -1,29 +1,140 @@
-"""DRAFT"""
+# From notebooks/05_attention.ipynb by scripts/export.py: edit the notebook.
+"""Attention: each token reads a weighted average of the values before it.
+
+Letters: B batch, T time of the queries, S time of the keys, D hidden_size,
+H heads, K kv heads, G = H/K heads of a group, C head_dim; `...` stands for
+any axes.
+"""
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from llama_tut.rope import apply_rotary
 
+# Fewer queries than keys
+
+
+def causal_mask(T, S, device=None):
+    """Which keys each query may read: the queries are the last T of S tokens.
+
+    Returns:
+        bool [T, S], True where the key is not after the query.
+    """
+    everything = torch.ones(T, S, dtype=torch.bool, device=device)  # [T, S]
+    return everything.tril(S - T)  # [T, S]
+
+
+# Fold: heads of a group become rows
+
+
+def attend_block(q, k, v, mask=None):
+    """Attention as two matrix products for each group of heads.
+
+    Args:
+        q: queries over sqrt(C), [B, H, T, C]: the last T of S tokens.
+        k, v: keys and values, [B, K, S, C]; K divides H.
+        mask: bool, True = may read, [T, S] or [B, 1, T, S]; None: causal.
+
+    Returns:
+        [B, H, T, C]; a row that may read nothing is finite but has no meaning.
+    """
+    B, H, T, C = q.shape
+    K, S = k.shape[1:3]
+    G = H // K
+    rows = q.reshape(B, K, G * T, C)  # [B, K, G*T, C]
+    scores = rows @ k.mT  # [B, K, G*T, S]
+    if mask is None and T > 1:
+        mask = causal_mask(T, S, q.device)  # [T, S]
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min / 2
+        bias = scores.new_zeros(mask.shape)  # [..., T, S]
+        bias = bias.masked_fill(~mask, lowest).unsqueeze(-3)  # [..., 1, T, S]
+        scores = scores.view(B, K, G, T, S) + bias  # [B, K, G, T, S]
+        scores = scores.view(B, K, G * T, S)  # [B, K, G*T, S]
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32)  # [B, K, G*T, S]
+    out = weights.to(v.dtype) @ v  # [B, K, G*T, C]
+    return out.view(B, H, T, C)  # [B, H, T, C]
+
+
+# Blocks: do not compute the future
+
+
 def attend(q, k, v, mask=None):
-    T, S = q.shape[2], k.shape[2]
-    if mask is None and T > 1 and S > T:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True)
+    """Scaled dot product attention with shared keys that are never copied.
+
+    Args:
+        q: queries, [B, H, T, C]: the last T of S tokens.
+        k, v: keys and values, [B, K, S, C]; K divides H.
+        mask: bool, True = may read, broadcastable to [B, 1, T, S]. It is the
+            whole rule; None stands for the causal one.
+
+    Returns:
+        [B, H, T, C] in the dtype of v.
+    """
+    B, _, T, C = q.shape
+    S = k.shape[2]
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.is_cuda and half and mask is None and T == S:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )  # [B, H, T, C]
+    if mask is not None:
+        mask = mask.broadcast_to(B, 1, T, S)  # [B, 1, T, S]
+    q = q * C**-0.5  # [B, H, T, C]
+    size = max(64, -(-T // 8))  # rows of a block: at most 8 blocks
+    blocks = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        end = S - T + stop if mask is None else S
+        part = None if mask is None else mask[:, :, start:stop]
+        block = (q[:, :, start:stop], k[:, :, :end], v[:, :, :end], part)
+        blocks.append(attend_block(*block))
+    return torch.cat(blocks, dim=2)  # [B, H, T, C]
+
+
+# The class
+
 
 class LlamaAttention(nn.Module):
+    """Grouped-query attention with rotary positions.
+
+    Source: Ainslie et al., 2023 (arXiv 2305.13245); the names of the four
+    matrices are those of transformers' `LlamaAttention`.
+
+    Args:
+        config: a `LlamaConfig`.
+    """
+
     def __init__(self, config):
         super().__init__()
-        D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, C = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = C
         self.q_proj = nn.Linear(D, H * C, bias=False)
         self.k_proj = nn.Linear(D, K * C, bias=False)
         self.v_proj = nn.Linear(D, K * C, bias=False)
         self.o_proj = nn.Linear(H * C, D, bias=False)
+
     def forward(self, x, cos, sin, attention_mask=None, cache=None):
-        B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        """x [B, T, D] -> [B, T, D].
+
+        Args:
+            x: the normed stream at the T newest positions.
+            cos, sin: tables of `LlamaRotaryEmbedding` for those positions.
+            attention_mask: bool, True = may read, broadcastable to
+                [B, 1, T, S]; it is the whole rule. None: causal.
+            cache: None, or one layer's cache. Its `update(k, v)` appends and
+                returns all keys and values, [B, K, S, C].
+        """
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).view(shape).transpose(1, 2)  # [B, H, T, C]
+        k = self.k_proj(x).view(shape).transpose(1, 2)  # [B, K, T, C]
+        v = self.v_proj(x).view(shape).transpose(1, 2)  # [B, K, T, C]
+        q = apply_rotary(q, cos, sin)  # [B, H, T, C]
+        k = apply_rotary(k, cos, sin)  # [B, K, T, C]
         if cache is not None:
-            k, v = cache.update(k, v)
-        y = attend(q, k, v, attention_mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+            k, v = cache.update(k, v)  # [B, K, S, C], [B, K, S, C]
+        y = attend(q, k, v, attention_mask)  # [B, H, T, C]
+        y = y.transpose(1, 2).flatten(2)  # [B, T, H*C]
+        return self.o_proj(y)  # [B, T, D]
