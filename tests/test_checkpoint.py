@@ -1,0 +1,202 @@
+"""Checkpoints: exact, atomic, checked, and refused by name."""
+
+import errno
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from training_setup import SHAPE
+
+from llama_tut import checkpoint
+from llama_tut.checkpoint import (
+    checkpoints,
+    damage,
+    latest_checkpoint,
+    load_checkpoint,
+    optimizer_tensors,
+    random_states,
+    save_checkpoint,
+)
+from llama_tut.config import InputError, LlamaConfig
+from llama_tut.model import LlamaForCausalLM, initialize
+from llama_tut.optimizer import build_optimizer
+
+TEXT = torch.randint(
+    50, (40, 4, 9), generator=torch.Generator().manual_seed(0)
+)
+
+
+def new(optimizer="adamw", **changes):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(**{"vocab_size": 50, **SHAPE, **changes})
+    )
+    initialize(model)
+    return model, build_optimizer(model, optimizer, 1e-2)
+
+
+def train(model, optimizer, first, last):
+    losses = []
+    for ids in TEXT[first:last]:
+        loss = model(ids[:, :-1], targets=ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_resumed_run_is_the_same_bit_for_bit(tmp_path, name, tied):
+    model, optimizer = new(name, tie_word_embeddings=tied)
+    train(model, optimizer, 0, 10)
+    path = save_checkpoint(tmp_path, 10, model, optimizer, {"position": 40})
+    unbroken = train(model, optimizer, 10, 20)
+    model, optimizer = new(name, tie_word_embeddings=tied)
+    train(model, optimizer, 30, 33)  # a past that must not show
+    state = load_checkpoint(path, model, optimizer)
+    assert state == {"step": 10, "position": 40}
+    assert train(model, optimizer, 10, 20) == unbroken
+
+
+def test_no_pickle_and_hugging_face_names(tmp_path):
+    model, optimizer = new()
+    train(model, optimizer, 0, 1)
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    assert {f.suffix for f in path.iterdir()} == {".safetensors", ".json"}
+    stored = checkpoint.load_file(path / "model.safetensors")
+    assert stored.keys() == model.state_dict().keys()
+    assert optimizer_tensors(model, optimizer).keys() == {
+        f"{name}/{key}"
+        for name, _ in model.named_parameters()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def test_random_states_of_each_rank_come_back(tmp_path):
+    model, optimizer = new()
+    torch.manual_seed(1)
+    first = random_states()
+    torch.manual_seed(2)
+    path = save_checkpoint(
+        tmp_path, 1, model, optimizer, {}, random=[first, random_states()]
+    )
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    load_checkpoint(path, model, rank=1)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    load_checkpoint(path, model, rank=2)  # it had no state: keeps its own
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_keeps_the_last_k_and_none_of_a_later_step(tmp_path):
+    model, optimizer = new()
+    for step in (1, 2, 3, 40):
+        save_checkpoint(tmp_path, step, model, optimizer, {}, keep=2)
+    save_checkpoint(tmp_path, 4, model, optimizer, {}, keep=2)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert sorted(names) == ["step_00000003", "step_00000004"]
+    save_checkpoint(tmp_path, 4, model, optimizer, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "random.safetensors",
+        "state.json",
+    ],
+)
+@pytest.mark.parametrize("how", ["flip", "cut", "empty", "missing"])
+def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, name, how):
+    model, optimizer = new()
+    for step in (1, 2):
+        train(model, optimizer, step, step + 1)
+        save_checkpoint(tmp_path, step, model, optimizer, {})
+    file = tmp_path / "step_00000002" / name
+    data = bytearray(file.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+    file.unlink()
+    if how != "missing":
+        keep = {"flip": len(data), "cut": len(data) - 3, "empty": 0}[how]
+        file.write_bytes(data[:keep])
+    lines = []
+    newest = latest_checkpoint(tmp_path, lines.append)
+    assert newest.name == "step_00000001"
+    assert len(lines) == 1 and "step_00000002" in lines[0]
+    assert "\n" not in lines[0]
+    file = newest / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="all 2 checkpoints"):
+        latest_checkpoint(tmp_path, lines.append)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert latest_checkpoint(tmp_path / "nothing") is None
+    (tmp_path / ".tmp-step_00000007").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "changes, tensor",
+    [
+        ({"hidden_size": 64}, "model.embed_tokens.weight"),
+        ({"intermediate_size": 56}, "model.layers.0.mlp.down_proj.weight"),
+        ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 1}, "model.layers.1"),
+        ({"num_key_value_heads": 1}, "k_proj"),
+        ({"tie_word_embeddings": False}, "lm_head.weight"),
+    ],
+)
+def test_another_shape_is_refused_by_name(tmp_path, changes, tensor):
+    model, optimizer = new()
+    train(model, optimizer, 0, 1)
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    other, its_optimizer = new(**changes)
+    before = {n: p.clone() for n, p in other.named_parameters()}
+    with pytest.raises(InputError, match=tensor) as error:
+        load_checkpoint(path, other, its_optimizer)
+    assert "\n" not in str(error.value)
+    for name, p in other.named_parameters():
+        assert torch.equal(p, before[name])
+    assert not its_optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "random.safetensors"])
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_full_disk_leaves_the_earlier_one(tmp_path, monkeypatch, file, kind):
+    model, optimizer = new()
+    save_checkpoint(tmp_path, 1, model, optimizer, {})
+    real = checkpoint.save_file
+
+    def full(tensors, path, *rest):
+        if path.name != file:
+            return real(tensors, path, *rest)
+        path.write_bytes(b"half")
+        text = "No space left on device"
+        if kind is OSError:
+            raise OSError(errno.ENOSPC, text)
+        raise SafetensorError(f"Error while serializing: I/O error: {text}")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match="No space left") as error:
+        save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=1)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    assert damage(checkpoints(tmp_path)[0]) is None
+
+
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
+    model, optimizer = new()
+    (tmp_path / ".tmp-step_00000001").mkdir(parents=True)
+    (tmp_path / ".tmp-step_00000001" / "model.safetensors").write_bytes(b"x")
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,88 @@
+"""What the tests of checkpoints and training share: a tiny corpus and a tiny model."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from llama_tut.tokens import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": True,
+}
+# 8 rows of 32 tokens a step; some 11 steps are an epoch of the tiny corpus
+OPTIONS = {
+    "steps": 16,
+    "sequence_length": 32,
+    "micro_batch_size": 2,
+    "tokens_per_step": 512,
+    "learning_rate": 1e-2,
+    "eval_rows": 5,
+    "samples": 1,
+    "sample_tokens": 8,
+    "checkpoint_every": 4,
+    "dtype": "float32",
+    "device": "cpu",
+    **SHAPE,
+}
+
+
+def tiny_data(folder):
+    """A data folder of some 5,500 tokens in 280 different ones."""
+    words = "the a red blue cat dog sees finds under over house tree".split()
+    draw = random.Random(0)
+    text = " ".join(draw.choice(words) for _ in range(3000))
+    (folder / "tiny.txt").write_text(text)
+    prepare([folder / "tiny.txt"], folder / "data", "bpe", 280, processes=1)
+    return folder / "data"
+
+
+def flags(options):
+    """The options as a command line."""
+    line = []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            line += [f"--{name}", str(value)]
+    return line
+
+
+def metrics(folder):
+    """The lines of a run's metrics.jsonl."""
+    text = (Path(folder) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(folder):
+    """{step: loss} of a run."""
+    return {line["step"]: line["loss"] for line in metrics(folder)}
+
+
+def start(options, ranks=None, **kwargs):
+    """Start scripts/train.py, or train_ddp.sh with so many ranks."""
+    script = "train.py" if ranks is None else "train_ddp.sh"
+    program = sys.executable if ranks is None else "bash"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NPROC": str(ranks)}
+    return subprocess.Popen(
+        [program, str(ROOT / "scripts" / script), *flags(options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **kwargs,
+    )
+
+
+def finish(process, timeout=120):
+    """Wait for a process: (exit code, stdout, stderr)."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
