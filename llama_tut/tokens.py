@@ -10,7 +10,6 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -23,35 +22,56 @@ import struct
 import sysconfig
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, astuple, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from llama_tut.config import InputError
+from llama_tut.config import InputError, cache_folder
+
+# Pre-tokens
+
+
+def byte_characters():
+    """{byte: the character that stands for it in a tokenizer's files}.
+
+    Source: OpenAI's GPT-2, `encoder.py`, `bytes_to_unicode`.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (b for b in range(256) if b not in printable)
+    table = {b: chr(b) for b in printable}
+    table.update((b, chr(256 + n)) for n, b in enumerate(others))
+    return table
+
+
+# The library
 
 END_OF_TEXT = "<|endoftext|>"
+BYTE_VOCABULARY = 257  # 256 bytes and the end of text
+
+
+def byte_level(model):
+    """A tokenizer with GPT-2's pre-tokens, over bytes, around a model."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def train_bpe(texts, vocab_size):
-    """Fit a byte-level BPE on an iterable of texts.
+    """An iterable of texts -> a byte-level BPE of at most `vocab_size`.
 
-    The first id is the end-of-text token, then come the 256 bytes, then the
-    merges in the order in which they were learned.
-
-    Returns:
-        A `tokenizers.Tokenizer` with at most `vocab_size` tokens.
+    Id 0 is the end of text, then come the 256 bytes, then the merges.
     """
-    if vocab_size < 257:
-        raise InputError(
-            f"vocabulary of {vocab_size}: 256 bytes and {END_OF_TEXT} need 257"
-        )
     tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -63,181 +83,7 @@ def train_bpe(texts, vocab_size):
     return tokenizer
 
 
-def byte_level(model):
-    """A tokenizer with GPT-2's pre-tokens, over bytes, around a model."""
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def save_tokenizer(tokenizer, folder):
-    """Write the two files that make a Hugging Face tokenizer folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    write_atomic(folder / "tokenizer.json", tokenizer.to_str(True).encode())
-
-
-def byte_characters():
-    """{byte: the character that stands for it in a tokenizer's files}.
-
-    Printable bytes stand for themselves, the others for characters from 256
-    on. Source: OpenAI's GPT-2, `encoder.py`, `bytes_to_unicode`.
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (b for b in range(256) if b not in printable)
-    table = {b: chr(b) for b in printable}
-    table.update((b, chr(256 + n)) for n, b in enumerate(others))
-    return table
-
-
-def merge_pieces(token, ranks):
-    """Merge the bytes of `token` by rank, stopping before `token` itself."""
-    pieces = [token[i : i + 1] for i in range(len(token))]
-    while len(pieces) > 2:
-        joined = [a + b for a, b in itertools.pairwise(pieces)]
-        best = min(range(len(joined)), key=lambda i: ranks.get(joined[i], 1e9))
-        pieces[best : best + 2] = [joined[best]]
-    return pieces
-
-
-def gpt2_tokenizer():
-    """GPT-2's vocabulary, which tiktoken holds, as a `tokenizers` object."""
-    ranks = load_tiktoken()._mergeable_ranks
-    letters = byte_characters()
-
-    def spell(token):
-        return "".join(letters[b] for b in token)
-
-    merges = [
-        tuple(map(spell, merge_pieces(token, ranks)))
-        for token in sorted(ranks, key=ranks.get)
-        if len(token) > 1
-    ]
-    vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    tokenizer = byte_level(models.BPE(vocabulary, merges))
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    return tokenizer
-
-
-def load_tiktoken():
-    """tiktoken's GPT-2 encoding, from its cache or from the network."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:
-        if not isinstance(error, OSError):
-            raise
-        raise InputError(
-            "GPT-2's vocabulary is neither in tiktoken's cache nor can it be "
-            "fetched: connect to the network, or set TIKTOKEN_CACHE_DIR"
-        ) from error
-
-
-class Encoder:
-    """Texts -> ids, with the tokenizer of a Hugging Face folder.
-
-    Text that looks like a special token is encoded as plain text.
-
-    Args:
-        folder: holds tokenizer.json.
-        name: "gpt2" encodes with tiktoken, which gives the same ids.
-    """
-
-    def __init__(self, folder, name=None):
-        self.tokenizer = read_tokenizer(folder)
-        self.tiktoken = load_tiktoken() if name == "gpt2" else None
-
-    def __call__(self, texts):
-        """A list of texts -> a list of arrays, uint32."""
-        if self.tiktoken:
-            ids = [self.tiktoken.encode_ordinary(text) for text in texts]
-        else:
-            found = self.tokenizer.encode_batch_fast(
-                texts, add_special_tokens=False
-            )
-            ids = [encoding.ids for encoding in found]
-        return [np.array(one, np.uint32) for one in ids]
-
-
-def read_tokenizer(folder):
-    """The `tokenizers` object of a folder, set to encode plain text."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no tokenizer.json in this folder")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise InputError(f"{path}: not a tokenizer ({error})") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def separator_id(folder, tokenizer):
-    """The id of the token that belongs in front of a document.
-
-    `<|endoftext|>` where the vocabulary has it (GPT-2, SmolLM2, our own),
-    Llama 3's `<|begin_of_text|>`, else the config's bos or eos token.
-    """
-    names = [END_OF_TEXT, "<|begin_of_text|>"]
-    path = Path(folder) / "tokenizer_config.json"
-    if path.is_file():
-        settings = json.loads(path.read_text())
-        for token in (settings.get("bos_token"), settings.get("eos_token")):
-            named = isinstance(token, dict)
-            names.append(token["content"] if named else token)
-    for name in filter(None, names):
-        if tokenizer.token_to_id(name) is not None:
-            return tokenizer.token_to_id(name)
-    raise InputError(f"{folder}: this tokenizer has no end-of-text token")
-
-
-MAGIC = b"LLAMATUT"
-VERSION = 1
-LAYOUT = struct.Struct("<8sIIQIIQ32s32s24x")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The header of a shard: 128 bytes that say how to read the rest.
-
-    Args:
-        dtype: "uint16", or "uint32" where V is above 65,536.
-        count: number of tokens.
-        vocab_size: V; every id is below it.
-        bytes: of the text, UTF-8, that begins in this shard.
-        tokenizer: blake2b hash of tokenizer.json, in hexadecimal.
-        checksum: blake2b hash of header and tokens, in hexadecimal.
-    """
-
-    dtype: str
-    count: int
-    vocab_size: int
-    bytes: int
-    tokenizer: str
-    checksum: str = "00" * 32
-    version: int = VERSION
-
-    def pack(self):
-        """The header's bytes."""
-        return LAYOUT.pack(
-            MAGIC,
-            self.version,
-            np.dtype(self.dtype).itemsize,
-            self.count,
-            self.vocab_size,
-            0,
-            self.bytes,
-            bytes.fromhex(self.tokenizer),
-            bytes.fromhex(self.checksum),
-        )
+# A folder that others can read
 
 
 def write_atomic(path, *parts):
@@ -259,106 +105,126 @@ def write_json(path, value):
     write_atomic(path, json.dumps(value, indent=2).encode() + b"\n")
 
 
-def digest(*parts):
-    """blake2b of the parts, 32 bytes, in hexadecimal."""
-    h = hashlib.blake2b(digest_size=32)
-    for part in parts:
-        h.update(part)
-    return h.hexdigest()
+def save_tokenizer(tokenizer, folder):
+    """Write a `tokenizers` object as a Hugging Face folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    write_atomic(folder / "tokenizer.json", tokenizer.to_str(True).encode())
 
 
-def write_shard(path, tokens, vocab_size, tokenizer, text_bytes):
-    """Write tokens as a shard -> its `Shard` header.
-
-    Raises:
-        ValueError: an id does not fit the vocabulary.
-    """
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise ValueError(f"id {tokens.max()} in a vocabulary of {vocab_size}")
-    data = np.ascontiguousarray(tokens, np.dtype(dtype).newbyteorder("<"))
-    fields = (dtype, len(data), vocab_size, text_bytes, tokenizer)
-    checksum = digest(Shard(*fields).pack(), data)
-    shard = Shard(*fields, checksum)
-    write_atomic(Path(path), shard.pack(), data)
-    return shard
+# GPT-2's vocabulary
 
 
-def read_header(path):
-    """The `Shard` header of a file.
+def last_merge(token, ranks):
+    """The two byte strings that the vocabulary merges into `token`."""
+    pieces = [token[i : i + 1] for i in range(len(token))]
+    while len(pieces) > 2:
+        joined = [a + b for a, b in itertools.pairwise(pieces)]
+        best = min(range(len(joined)), key=lambda i: ranks.get(joined[i], 1e9))
+        pieces[best : best + 2] = [joined[best]]
+    return tuple(pieces)
 
-    Raises:
-        InputError: missing, empty, not a shard, or not of the length that
-            its header states.
-    """
+
+def tokenizer_from_ranks(ranks):
+    """{byte string: rank} -> a `tokenizers` object with the same ids."""
+    letters = byte_characters()
+
+    def spell(token):
+        return "".join(letters[b] for b in token)
+
+    longer = (t for t in sorted(ranks, key=ranks.get) if len(t) > 1)
+    merges = [tuple(map(spell, last_merge(t, ranks))) for t in longer]
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
+    tokenizer = byte_level(models.BPE(vocabulary, merges))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def load_tiktoken():
+    """tiktoken's GPT-2 encoding, from its cache or from the network."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(LAYOUT.size)
-            size = file.seek(0, os.SEEK_END)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    if not size:
-        raise InputError(f"{path}: the shard is empty; prepare it again")
-    if size < LAYOUT.size or head[:8] != MAGIC:
-        raise InputError(f"{path}: this file is not a shard of tokens")
-    _, version, width, count, vocab_size, _, text, name, checksum = (
-        LAYOUT.unpack(head)
-    )
-    if version != VERSION or width not in (2, 4):
-        raise InputError(f"{path}: unknown version of the shard format")
-    if size != LAYOUT.size + width * count:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:  # every error of `requests` is one
         raise InputError(
-            f"{path}: the shard is truncated: {size:,} bytes instead of "
-            f"{LAYOUT.size + width * count:,}; prepare it again"
-        )
-    dtype = f"uint{8 * width}"
-    names = (name.hex(), checksum.hex())
-    return Shard(dtype, count, vocab_size, text, *names)
+            "GPT-2's vocabulary is neither in tiktoken's cache nor can it be "
+            "fetched: connect to the network, or set TIKTOKEN_CACHE_DIR"
+        ) from error
 
 
-def open_shard(path, verify=True):
-    """A shard as (header, read-only memory map of its ids).
+# Anyone's tokenizer
+
+
+def read_tokenizer(folder):
+    """The `tokenizers` object of a folder, set to encode plain text.
 
     Raises:
-        InputError: as `read_header`; or, with `verify`, a bit has changed.
+        InputError: no tokenizer.json, or one that cannot be read.
     """
-    shard = read_header(path)
-    dtype = np.dtype(shard.dtype).newbyteorder("<")
-    if not shard.count:
-        return shard, np.zeros(0, dtype)
-    tokens = np.memmap(path, dtype, "r", LAYOUT.size, (shard.count,))
-    if verify:
-        blank = Shard(*astuple(shard)[:5]).pack()
-        if digest(blank, tokens) != shard.checksum:
-            raise InputError(
-                f"{path}: the shard is corrupted (its checksum differs); "
-                "prepare it again"
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: neither bpe nor gpt2, nor a folder with tokenizer.json"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path}: not a tokenizer ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def separator_id(folder, tokenizer):
+    """The id of the token that belongs in front of a document.
+
+    `<|endoftext|>` where the vocabulary has it (GPT-2, SmolLM2, our own), or
+    Llama 3's `<|begin_of_text|>`, or else the folder's bos or eos token.
+    """
+    names = [END_OF_TEXT, "<|begin_of_text|>"]
+    path = Path(folder) / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text())
+        for token in (settings.get("bos_token"), settings.get("eos_token")):
+            # Some folders hold {"content": "<s>", ...} in place of "<s>".
+            names.append(
+                token.get("content") if type(token) is dict else token
             )
-    return shard, tokens
+    for name in filter(None, names):
+        if tokenizer.token_to_id(name) is not None:
+            return tokenizer.token_to_id(name)
+    raise InputError(f"{folder}: this tokenizer has no end-of-text token")
 
 
-def find_files(paths):
-    """Files of a list of files, folders and glob patterns, in order."""
-    found = []
-    for path in map(str, paths):
-        if Path(path).is_dir():
-            inside = sorted(Path(path).rglob("*"))
-            files = [p for p in inside if p.suffix in SUFFIXES and p.is_file()]
-            if not files:
-                raise InputError(f"{path}: no {', '.join(SUFFIXES)} in it")
+class Encoder:
+    """Texts -> ids, with the tokenizer of a Hugging Face folder.
+
+    Args:
+        folder: holds tokenizer.json.
+        name: "gpt2" encodes with tiktoken, which gives the same ids.
+    """
+
+    def __init__(self, folder, name=None):
+        self.tokenizer = read_tokenizer(folder)
+        self.tiktoken = load_tiktoken() if name == "gpt2" else None
+
+    def __call__(self, texts):
+        """A list of texts -> a list of arrays, uint32."""
+        if self.tiktoken:
+            ids = [self.tiktoken.encode_ordinary(text) for text in texts]
         else:
-            names = [path] if Path(path).exists() else sorted(glob.glob(path))
-            files = [Path(name) for name in names]
-        if not files:
-            raise InputError(f"{path}: no such file or folder")
-        found += files
-    for path in found:
-        if not path.stat().st_size:
-            raise InputError(f"{path}: the file is empty")
-    return found
+            encode = self.tokenizer.encode_batch_fast
+            ids = [e.ids for e in encode(texts, add_special_tokens=False)]
+        return [np.array(one, np.uint32) for one in ids]
 
 
-SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".parquet")
+# Documents: user's files
 
 
 def read_text(path):
@@ -367,40 +233,33 @@ def read_text(path):
     if b"\0" in data:
         raise InputError(f"{path}: a binary file, not text")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 text (byte {error.start:,})"
         ) from error
-    text = text.replace("\r\n", "\n")
-    line = re.compile(rf"^{re.escape(END_OF_TEXT)}[ \t]*\n?", re.MULTILINE)
-    yield from line.split(text)
+    line = rf"^{re.escape(END_OF_TEXT)}[ \t]*(?:\n|\Z)"
+    return iter(re.split(line, text, flags=re.MULTILINE))
 
 
 def read_jsonl(path):
     """Documents of a file with a JSON object a line, from field `text`."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                text = json.loads(line)["text"]
-            except UnicodeDecodeError as error:
-                where = f"{path}, line {number}"
-                raise InputError(f"{where}: not UTF-8 text") from error
+                text = json.loads(line)["text"] if line.strip() else ""
             except (ValueError, KeyError, TypeError):
                 text = None
             if not isinstance(text, str):
                 raise InputError(
-                    f"{path}, line {number}: not a JSON object with a string "
-                    'in its field "text"'
+                    f'{path}, line {number}: no JSON object with a "text"'
                 )
             yield text
 
 
 def read_parquet(path):
     """Documents of a parquet file, from its column `text`."""
-    import pyarrow
+    import pyarrow  # a third of a second that other files need not pay
     from pyarrow import parquet
 
     try:
@@ -408,99 +267,177 @@ def read_parquet(path):
             if "text" not in file.schema_arrow.names:
                 raise InputError(f'{path}: no column "text"')
             for batch in file.iter_batches(1000, columns=["text"]):
-                yield from filter(None, batch.column(0).to_pylist())
+                yield from batch.column(0).to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a parquet file ({error})") from error
 
 
+READERS = {
+    ".txt": read_text,
+    ".md": read_text,
+    ".rst": read_text,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}
+
+
+def find_files(paths):
+    """Files, folders and glob patterns -> the files, in order."""
+    found = []
+    for path in map(str, paths):
+        files = [Path(name) for name in sorted(glob.glob(path))]
+        if Path(path).is_dir():
+            inside = sorted(p for p in Path(path).rglob("*") if p.is_file())
+            files = [p for p in inside if p.suffix in READERS]
+        elif Path(path).exists():
+            files = [Path(path)]
+        if not files:
+            kinds = (
+                f" with {', '.join(READERS)}" if Path(path).is_dir() else ""
+            )
+            raise InputError(f"{path}: no such file{kinds}")
+        found += files
+    for path in found:
+        if not path.stat().st_size:
+            raise InputError(f"{path}: the file is empty")
+    return found
+
+
+def read_documents(path):
+    """The documents of one file that are not blank, as valid Unicode."""
+    for text in READERS.get(path.suffix, read_text)(path):
+        if text and not text.isspace():
+            # JSON can spell half of a surrogate pair, which UTF-8 cannot.
+            yield text.encode(errors="replace").decode()
+
+
+# What is held out
+
 FEW = 100
 
 
-def is_validation(text, share):
-    """Whether a hash of the text falls into the share."""
+def hash_share(text, share):
+    """Whether a hash of the text falls into a share of all hashes."""
     hashed = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(hashed, "big") < share * 2**64
 
 
-def split_documents(documents, share):
-    """Documents -> (split, text), "val" for about `share` of them.
+def by_hash(read, share):
+    """Documents -> (split, text): each on one side."""
+    for text in read():
+        yield "val" if hash_share(text, share) else "train", text
 
-    With a hundred documents or more a hash of the text decides. With fewer,
-    the end of each document is held out.
+
+def by_tail(read, share):
+    """Documents -> (split, text): the end of each is for validation."""
+    for text in read():
+        at = max(1, int(len(text) * (1 - share)))
+        line = text.rfind("\n", 0, at) + 1
+        at = line if line > at / 2 else at
+        yield "train", text[:at]
+        yield "val", text[at:]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in parts that can each be read from its beginning.
+
+    Args:
+        source: a text that changes when the corpus does.
+        parts: functions that return an iterator of (split, text).
     """
-    documents = iter(documents)
-    first = list(itertools.islice(documents, FEW))
-    if len(first) < FEW:
-        for text in first:
-            yield from zip(("train", "val"), cut(text, share), strict=True)
-    else:
-        for text in itertools.chain(first, documents):
-            yield "val" if is_validation(text, share) else "train", text
+
+    source: str
+    parts: list
+
+    def documents(self):
+        """(split, text) of all documents, always in the same order."""
+        return itertools.chain.from_iterable(part() for part in self.parts)
 
 
-def cut(text, share):
-    """A text in two; the second, about `share` of it, begins a line."""
-    at = max(1, int(len(text) * (1 - share)))
-    line = text.rfind("\n", 0, at) + 1
-    return (
-        (text[:line], text[line:])
-        if line > at / 2
-        else (
-            text[:at],
-            text[at:],
-        )
-    )
+def split_corpus(source, readers, share):
+    """A `Corpus` from functions that return iterators of documents."""
+    texts = itertools.chain.from_iterable(read() for read in readers)
+    first = list(itertools.islice(texts, FEW))
+    if not first:
+        raise InputError("the corpus has no text in it")
+    rule = by_tail if len(first) < FEW else by_hash
+    return Corpus(source, [partial(rule, read, share) for read in readers])
 
 
-def read_files(paths, share=0.05):
-    """(split, text) of the documents of text, jsonl and parquet files."""
-    readers = {".jsonl": read_jsonl, ".parquet": read_parquet}
-    documents = (
-        text.encode(errors="replace").decode()
-        for path in paths
-        for text in readers.get(path.suffix, read_text)(path)
-        if text.strip()
-    )
-    return split_documents(documents, share)
+# Documents: FineWeb-Edu
+
+FINEWEB_EDU = {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT"}
 
 
-FINEWEB_EDU = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
+@contextmanager
+def needs_network(name):
+    """Turn errors of the network into one line, and silence its retries."""
+    from datasets.exceptions import DatasetsError
+    from httpx import HTTPError
+    from huggingface_hub.utils import logging
 
-
-def stream_dataset(path, name=None, share=0.005, **options):
-    """(split, text) of a data set on the Hugging Face hub, streamed."""
-    from datasets import load_dataset  # takes a second to import
-
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        rows = load_dataset(
-            path, name, split="train", streaming=True, **options
-        )
-        rows = rows.select_columns("text")
-        documents = (row["text"] for row in rows if row["text"])
-        yield from split_documents(documents, share)
-    except (OSError, ValueError) as error:
+        yield
+    except (OSError, HTTPError, DatasetsError) as error:
         raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}); this corpus "
+            f"{name}: cannot be read ({type(error).__name__}); this corpus "
             "needs the network"
         ) from error
+    finally:
+        logging.set_verbosity(level)
 
+
+def stream_corpus(share, **where):
+    """The `Corpus` of a data set of `datasets`, streamed.
+
+    Args:
+        share: of the documents, for validation.
+        where: arguments of `datasets.load_dataset`.
+    """
+    from datasets import load_dataset  # takes a second to import
+
+    name = where["path"]
+    with needs_network(name):
+        rows = load_dataset(**where, split="train", streaming=True)
+        rows = rows.select_columns("text")
+
+    def read(index):
+        with needs_network(name):
+            for row in rows.shard(rows.num_shards, index):
+                if row["text"]:
+                    yield row["text"]
+
+    readers = [partial(read, i) for i in range(rows.num_shards)]
+    return split_corpus(json.dumps(where), readers, share)
+
+
+# Documents: what is already here
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "datasets",
-    "huggingface_hub",
-    "numpy",
-    "pandas",
-    "matplotlib",
-    "sympy",
-    "networkx",
-    "sqlalchemy",
+    *("torch", "transformers", "datasets", "huggingface_hub", "numpy"),
+    *("pandas", "matplotlib", "sympy", "networkx", "sqlalchemy"),
 )
 
 
+def docs_versions():
+    """{name: version} of Python and of the packages of the corpus."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise InputError(
+                f"the docs corpus needs the package {package}: install it, or "
+                "choose another corpus"
+            ) from error
+    return versions
+
+
 def python_files(root, prefix):
-    """(name, path) of the modules under a folder, without its tests."""
+    """(name, path) of the modules in a folder, without its tests."""
     skip = {"test", "tests", "site-packages", "dist-packages"}
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - skip)
@@ -511,28 +448,21 @@ def python_files(root, prefix):
 
 
 def docs_files():
-    """(name, path) of the standard library and of ten packages."""
+    """(name, path) of the standard library's and the packages' modules."""
     yield from python_files(sysconfig.get_path("stdlib"), "python")
     for package in PACKAGES:
         # Finds the folder without importing the package.
         spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise InputError(f"the docs corpus needs the package {package}")
         yield from python_files(spec.submodule_search_locations[0], package)
 
 
-def docs_versions():
-    """{name: version} of Python and of the packages of the corpus."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        versions[package] = importlib.metadata.version(package)
-    return versions
+MIN_CHARACTERS = 200
 
 
 def read_docstrings(files):
-    """(name, docstring) of all modules, classes and functions in the files.
+    """(name, path) of modules -> (name, docstring) of all that they define.
 
-    The files are parsed, never imported.
+    Docstrings of fewer than 200 characters are left out.
     """
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     found = []
@@ -541,27 +471,24 @@ def read_docstrings(files):
             with warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
-            continue  # templates and files of other Python versions
+            continue  # templates, and files for other versions of Python
         for node in ast.walk(tree):
-            if isinstance(node, kinds):
-                text = ast.get_docstring(node) or ""
-                if len(text) >= MIN_CHARACTERS:
-                    text = text.encode(errors="replace").decode()
-                    found.append((name, text))
+            text = isinstance(node, kinds) and ast.get_docstring(node) or ""
+            if len(text) >= MIN_CHARACTERS:
+                found.append((name, text.encode(errors="replace").decode()))
     return found
 
 
-MIN_CHARACTERS = 200
 MIN_PARAGRAPH = 60
 
 
 def normalise(text):
-    """Lower-case words of a text, without punctuation."""
+    """The words of a text in lower case, without punctuation."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 
 def deduplicate(documents):
-    """Drop documents, and long paragraphs, that have come before."""
+    """(name, text) without documents and paragraphs that came before."""
     seen = set()
     for name, text in documents:
         whole = normalise(text)
@@ -583,85 +510,34 @@ WINDOW = 8
 
 
 def windows(text):
-    """The set of runs of eight words of a text."""
+    """The set of all runs of eight words of a text."""
     words = normalise(text).split()
-    return {
-        " ".join(words[i : i + WINDOW]) for i in range(len(words) - WINDOW + 1)
-    }
+    starts = range(len(words) - WINDOW + 1)
+    return {" ".join(words[i : i + WINDOW]) for i in starts}
 
 
 def split_by_module(documents, share=0.04, overlap=0.1):
-    """(name, text) -> (split, text), without leakage from train to val.
-
-    All documents of a module file land on one side. A document of the
-    validation side is dropped when more than `overlap` of its runs of eight
-    words stand in the training text as well.
-    """
-    train, val = [], []
+    """(name, text) -> (split, text), without leaks from train to val."""
+    sides = {False: [], True: []}
     for name, text in documents:
-        (val if is_validation(name, share) else train).append(text)
-    held_out = [windows(text) for text in val]
-    wanted = set().union(*held_out)
+        sides[hash_share(name, share)].append(text)
+    train, val = sides[False], [(t, windows(t)) for t in sides[True]]
+    wanted = set().union(*(own for _, own in val))
     known = set()
     for text in train:
         known |= windows(text) & wanted
-    for text, own in zip(val, held_out, strict=True):
+    for text, own in val:
         if len(own & known) <= overlap * len(own):
             yield "val", text
     for text in train:
         yield "train", text
 
 
-def cache_folder():
-    """$LLAMA_TUT_CACHE, or ~/.cache/llama_tut."""
-    home = Path.home() / ".cache" / "llama_tut"
-    return Path(os.environ.get("LLAMA_TUT_CACHE", home))
-
-
-def docs_corpus(processes=None):
-    """The docs corpus as a jsonl file in the cache, built if it is missing.
-
-    Each line has `split` and `text`. The documents stand in the order of
-    their hashes, so that any part of the file is a fair sample.
-    """
-    source = inspect.getsource(deduplicate) + inspect.getsource(
-        split_by_module
-    )
-    key = digest(json.dumps(docs_versions()).encode(), source.encode())[:16]
-    path = cache_folder() / f"docs_{key}.jsonl"
-    if path.exists():
-        return path
-    files = list(docs_files())
-    groups = [files[i : i + 100] for i in range(0, len(files), 100)]
-    found = parallel_map(read_docstrings, groups, processes)
-    documents = itertools.chain.from_iterable(found)
-    lines = [
-        json.dumps({"split": split, "text": text})
-        for split, text in split_by_module(deduplicate(documents))
-    ]
-    lines.sort(key=lambda line: digest(line.encode()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "\n".join(lines).encode() + b"\n")
-    return path
-
-
-def read_docs(path):
-    """(split, text) of the docs corpus."""
-    with open(path) as lines:
-        for line in lines:
-            row = json.loads(line)
-            yield row["split"], row["text"]
-
-
-def default_processes():
-    """The number of processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+# Many processes, one order
 
 
 def follow_parent(setup, arguments):
-    """In a worker: end when the parent is gone, then call `setup`."""
+    """In a new worker: end when the parent has ended; then call `setup`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def watch():
@@ -671,6 +547,13 @@ def follow_parent(setup, arguments):
     threading.Thread(target=watch, daemon=True).start()
     if setup:
         setup(*arguments)
+
+
+def default_processes():
+    """The number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def parallel_map(function, items, processes=None, setup=None, arguments=()):
@@ -696,24 +579,198 @@ def parallel_map(function, items, processes=None, setup=None, arguments=()):
             pool.shutdown(cancel_futures=True)
 
 
-PIECE = 1 << 20
-BATCH = 1 << 18
+DOCS_RULES = 1  # raise it when a rule of cleaning or splitting changes
 
 
-def cut_pieces(documents):
-    """(split, text) -> (split, starts, text) of at most a million letters.
+def digest(*parts):
+    """blake2b of bytes, in hexadecimal (64 letters)."""
+    h = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        h.update(part)
+    return h.hexdigest()
 
-    Long documents are cut behind a line end, so that they need no more
-    memory than others and can be shared among processes.
+
+def docs_path():
+    """Where the cache keeps the docs corpus of these versions."""
+    key = json.dumps([DOCS_RULES, docs_versions()])
+    return cache_folder() / f"docs_{digest(key.encode())[:16]}.jsonl"
+
+
+def build_docs(path, processes=None):
+    """Write the docs corpus: a line of JSON for each document."""
+    files = list(docs_files())
+    groups = [files[i : i + 100] for i in range(0, len(files), 100)]
+    found = parallel_map(read_docstrings, groups, processes)
+    documents = deduplicate(itertools.chain.from_iterable(found))
+    rows = [(split, text) for split, text in split_by_module(documents)]
+    rows.sort(key=lambda row: digest(row[1].encode()))
+    lines = (json.dumps(row).encode() + b"\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, *lines)
+
+
+def read_docs(processes=None):
+    """(split, text) of the docs corpus, built when the cache lacks it."""
+    path = docs_path()
+    if not path.exists():
+        build_docs(path, processes)
+    with open(path) as lines:
+        for line in lines:
+            yield tuple(json.loads(line))
+
+
+def open_corpus(corpus, val_share=None, processes=None):
+    """A `Corpus`: "docs", "fineweb-edu", or a list of files."""
+    if corpus == "docs":
+        if val_share:
+            raise InputError("val_share: the docs corpus has its own split")
+        parts = [partial(read_docs, processes)]
+        return Corpus(docs_path().stem, parts)
+    if corpus == "fineweb-edu":
+        return stream_corpus(val_share or 0.005, **FINEWEB_EDU)
+    paths = [corpus] if isinstance(corpus, str | Path) else corpus
+    files = find_files(paths)
+    stats = [(str(path.resolve()), path.stat()) for path in files]
+    marks = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    readers = [partial(read_documents, path) for path in files]
+    return split_corpus(json.dumps(marks), readers, val_share or 0.05)
+
+
+# Shards, and why they have a header
+
+MAGIC = b"LLAMATUT"
+VERSION = 1
+LAYOUT = struct.Struct("<8sIIQIIQ32s32s24x")  # 128 bytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of a shard: how to read the rest.
+
+    Args:
+        dtype: "uint16", or "uint32" where V is above 65,536.
+        count: number of tokens.
+        vocab_size: V; every id is below it.
+        bytes: UTF-8 length of the text that was added for this shard.
+        tokenizer: `digest` of tokenizer.json.
+        checksum: `digest` of header (with zeros here) and tokens.
     """
-    for split, text in documents:
-        at = 0
-        while at < len(text):
-            end = at + PIECE
-            if end < len(text):
-                end = text.rfind("\n", at + PIECE // 2, end) + 1 or end
-            yield split, at == 0, text[at:end]
-            at = end
+
+    dtype: str
+    count: int
+    vocab_size: int
+    bytes: int
+    tokenizer: str
+    checksum: str = "00" * 32
+    version: int = VERSION
+
+
+def pack_header(shard):
+    """A `Shard` as 128 bytes, little-endian."""
+    return LAYOUT.pack(
+        MAGIC,
+        shard.version,
+        np.dtype(shard.dtype).itemsize,
+        shard.count,
+        shard.vocab_size,
+        0,
+        shard.bytes,
+        bytes.fromhex(shard.tokenizer),
+        bytes.fromhex(shard.checksum),
+    )
+
+
+def write_shard(path, tokens, vocab_size, tokenizer, text_bytes):
+    """Write ids as a shard, atomically -> its `Shard`.
+
+    Raises:
+        ValueError: an id is not below `vocab_size`.
+    """
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(f"id {tokens.max()} in a vocabulary of {vocab_size}")
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    data = np.ascontiguousarray(tokens, np.dtype(dtype).newbyteorder("<"))
+    shard = Shard(dtype, len(data), vocab_size, text_bytes, tokenizer)
+    shard = replace(shard, checksum=digest(pack_header(shard), data))
+    write_atomic(Path(path), pack_header(shard), data)
+    return shard
+
+
+def read_header(path):
+    """The `Shard` of a file.
+
+    Raises:
+        InputError: missing, empty, no shard, or not of the stated length.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(LAYOUT.size)
+            size = file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if not size:
+        raise InputError(f"{path}: the shard is empty; prepare it again")
+    if size < LAYOUT.size or head[:8] != MAGIC:
+        raise InputError(f"{path}: this file is not a shard of tokens")
+    _, version, width, count, V, _, text, *names = LAYOUT.unpack(head)
+    if version != VERSION or width not in (2, 4):
+        raise InputError(f"{path}: a shard of another version, {version}")
+    if size != LAYOUT.size + width * count:
+        raise InputError(
+            f"{path}: the shard is truncated ({size:,} bytes instead of "
+            f"{LAYOUT.size + width * count:,}); prepare it again"
+        )
+    names = (name.hex() for name in names)
+    return Shard(f"uint{8 * width}", count, V, text, *names)
+
+
+def open_shard(path, verify=True):
+    """A file as (`Shard`, read-only memory map of its ids).
+
+    Raises:
+        InputError: as `read_header`; with `verify` also for a changed bit.
+    """
+    shard = read_header(path)
+    dtype = np.dtype(shard.dtype).newbyteorder("<")
+    if not shard.count:
+        return shard, np.zeros(0, dtype)
+    tokens = np.memmap(path, dtype, "r", LAYOUT.size, (shard.count,))
+    blank = Shard(*astuple(shard)[:5])
+    if verify and digest(pack_header(blank), tokens) != shard.checksum:
+        raise InputError(
+            f"{path}: the shard is corrupted (its checksum differs); prepare "
+            "it again"
+        )
+    return shard, tokens
+
+
+# From documents to shards
+
+PIECE, GROUP = 1 << 20, 1 << 18  # letters
+
+
+class Piece(NamedTuple):
+    """A document or a part of one, before and after it is encoded."""
+
+    part: int  # of the corpus
+    split: str
+    starts: bool  # whether a document begins here
+    text: str
+    bytes: int = 0
+    ids: np.ndarray | None = None
+
+
+def cut_pieces(parts, first=0):
+    """The documents of a corpus as pieces, from part `first` on."""
+    for number, part in enumerate(parts[first:], first):
+        for split, text in part():
+            at = 0
+            while at < len(text):
+                end = at + PIECE
+                if end < len(text):
+                    end = text.rfind("\n", at + PIECE // 2, end) + 1 or end
+                yield Piece(number, split, at == 0, text[at:end])
+                at = end
 
 
 def group_pieces(pieces):
@@ -721,203 +778,166 @@ def group_pieces(pieces):
     group, letters = [], 0
     for piece in pieces:
         group.append(piece)
-        letters += len(piece[-1])
-        if letters >= BATCH:
+        letters += len(piece.text)
+        if letters >= GROUP:
             yield group
             group, letters = [], 0
     if group:
         yield group
 
 
+worker = {}  # what a worker process keeps between groups
+
+
 def start_encoder(folder, name, separator):
-    """Give this process its encoder."""
-    global encoder
-    encoder = Encoder(folder, name), separator
+    """Load the tokenizer in a worker process."""
+    worker["encode"] = Encoder(folder, name)
+    worker["separator"] = np.array([separator], np.uint32)
 
 
 def encode_pieces(group):
-    """Pieces -> (split, starts, bytes of text, ids) of each.
-
-    The end-of-text token stands in front of each document.
-    """
-    encode, separator = encoder
+    """Pieces of text -> the same pieces with ids."""
     out = []
-    ids = encode([text for _, _, text in group])
-    for (split, starts, text), one in zip(group, ids, strict=True):
-        if starts:
-            one = np.concatenate([np.array([separator], np.uint32), one])
-        out.append((split, starts, len(text.encode()), one))
+    ids = worker["encode"]([piece.text for piece in group])
+    for piece, one in zip(group, ids, strict=True):
+        if piece.starts:
+            one = np.concatenate([worker["separator"], one])
+        size = len(piece.text.encode())
+        out.append(piece._replace(text="", bytes=size, ids=one))
     return out
 
 
 class ShardWriter:
-    """Cuts a stream of ids into shards of equal length.
-
-    Args:
-        folder: where SPLIT_00000.bin and so on are written.
-        split: "train" or "val".
-        shard_tokens: length of every shard but the last.
-        vocab_size, tokenizer: for the headers.
-    """
+    """Cuts the ids of one split into shards of equal length."""
 
     def __init__(self, folder, split, shard_tokens, vocab_size, tokenizer):
         self.folder, self.split = folder, split
         self.shard_tokens = shard_tokens
         self.header = vocab_size, tokenizer
-        self.rest = np.zeros(0, np.uint32)
-        self.new = []  # arrays that are not yet part of `rest`
-        self.waiting = 0  # tokens in `rest` and `new`
-        self.rest_bytes = 0
-        self.shards = self.tokens = self.bytes = self.documents = 0
+        self.waiting = []  # arrays of ids that no shard holds yet
+        self.counts = Counter(shards=0, documents=0, tokens=0, bytes=0)
 
-    def add(self, starts, text_bytes, ids):
-        """Append a piece; write every shard that is now full."""
-        self.documents += starts
-        self.tokens += len(ids)
-        self.bytes += text_bytes
-        self.new.append(ids)
-        self.waiting += len(ids)
-        self.rest_bytes += text_bytes
-        while self.waiting >= self.shard_tokens:
-            self.flush(self.shard_tokens)
+    def add(self, piece):
+        """Append a piece; write every shard that is full."""
+        size = {"tokens": len(piece.ids), "bytes": piece.bytes}
+        self.counts.update(documents=piece.starts, **size)
+        self.waiting.append(piece.ids)
+        while self.left() >= self.shard_tokens:
+            self.flush()
 
-    def flush(self, count):
-        """Write the first `count` waiting tokens as one shard."""
-        tokens = np.concatenate([self.rest, *self.new])
-        path = self.folder / f"{self.split}_{self.shards:05d}.bin"
-        write_shard(path, tokens[:count], *self.header, self.rest_bytes)
-        self.rest, self.new = tokens[count:].copy(), []
-        self.waiting = len(self.rest)
-        self.rest_bytes = 0
-        self.shards += 1
+    def left(self):
+        """How many ids wait for the next shard."""
+        return self.counts["tokens"] - self.counts["stored"]
 
-    def state(self):
-        """Counters and waiting tokens, as arrays."""
-        counters = self.shards, self.tokens, self.bytes, self.documents
-        rest = np.concatenate([self.rest, *self.new])
-        return np.array([*counters, self.rest_bytes], np.int64), rest
-
-    def restore(self, counters, rest):
-        """Continue from a `state`."""
-        self.shards, self.tokens, self.bytes, self.documents = map(
-            int, counters[:4]
-        )
-        self.rest_bytes = int(counters[4])
-        self.rest, self.waiting = rest, len(rest)
+    def flush(self):
+        """Write the ids that wait as a shard, not more than fit."""
+        tokens = np.concatenate(self.waiting)
+        path = self.folder / f"{self.split}_{self.counts['shards']:05d}.bin"
+        size = self.counts["bytes"] - self.counts["stored_bytes"]
+        now, later = np.split(tokens, [self.shard_tokens])
+        write_shard(path, now, *self.header, size)
+        self.waiting = [later.copy()]
+        self.counts.update(shards=1, stored=len(now), stored_bytes=size)
 
 
-def save_progress(path, pieces, writers):
-    """Store how many pieces are done and what waits for the next shard."""
-    arrays = {"pieces": np.array(pieces)}
-    for writer in writers:
-        counters, rest = writer.state()
-        arrays[f"{writer.split}_counters"] = counters
-        arrays[f"{writer.split}_rest"] = rest
+def save_progress(path, place, writers):
+    """Note the place in the corpus, and what each writer holds."""
+    note = {"place": place, "counts": [writer.counts for writer in writers]}
+    waiting = {w.split: np.concatenate(w.waiting or [[]]) for w in writers}
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, note=np.array(json.dumps(note)), **waiting)
     write_atomic(path, file.getvalue())
 
 
 def load_progress(path, writers):
-    """Restore the writers -> number of pieces that are done."""
+    """Restore the writers -> (part, pieces done in it)."""
     if not path.exists():
-        return 0
+        return 0, 0
     with np.load(path, allow_pickle=False) as arrays:
-        for writer in writers:
-            writer.restore(
-                arrays[f"{writer.split}_counters"],
-                arrays[f"{writer.split}_rest"],
-            )
-        return int(arrays["pieces"])
+        note = json.loads(str(arrays["note"]))
+        for writer, counts in zip(writers, note["counts"], strict=True):
+            writer.counts = Counter(counts)
+            writer.waiting = [arrays[writer.split].astype(np.uint32)]
+    return tuple(note["place"])
 
 
-def write_shards(documents, writers, encode, max_tokens=None, progress=None):
-    """Encode documents and write their shards, from where a run stopped.
+def write_shards(corpus, writers, encode, max_tokens=None, progress=None):
+    """Encode a corpus into shards, from where an earlier run stopped.
 
     Args:
-        documents: (split, text), always in the same order.
         writers: a `ShardWriter` for each split.
-        encode: a function from groups of pieces to `encode_pieces` of each.
-        max_tokens: stop at the first document behind so many tokens.
-        progress: file that remembers what is done.
+        encode: groups of pieces -> the same with ids, in order.
+        max_tokens: stop at the first document behind so many.
+        progress: the file with the note.
     """
-    splits = {writer.split: writer for writer in writers}
-    done = load_progress(progress, writers)
-    pieces = itertools.islice(cut_pieces(documents), done, None)
-    shards = sum(writer.shards for writer in writers)
-    bar = tqdm(unit="B", unit_scale=True, disable=None, desc="tokens")
+    part, done = load_progress(progress, writers)
+    pieces = cut_pieces(corpus.parts, part)
+    pieces = itertools.islice(pieces, done, None)
+    by_split = {writer.split: writer for writer in writers}
+    bar = tqdm(unit="B", unit_scale=True, disable=None, desc="text")
     for group in encode(group_pieces(pieces)):
-        for split, starts, text_bytes, ids in group:
-            total = sum(writer.tokens for writer in writers)
-            if starts and max_tokens and total >= max_tokens:
-                return
-            splits[split].add(starts, text_bytes, ids)
-            bar.update(text_bytes)
-        done += len(group)
-        if sum(writer.shards for writer in writers) > shards:
-            shards = sum(writer.shards for writer in writers)
-            save_progress(progress, done, writers)
+        shards = total(writers, "shards")
+        for piece in group:
+            full = max_tokens and total(writers, "tokens") >= max_tokens
+            if full and piece.starts:
+                return bar.close()
+            by_split[piece.split].add(piece)
+            done = done + 1 if piece.part == part else 1
+            part = piece.part
+        bar.update(sum(piece.bytes for piece in group))
+        if total(writers, "shards") > shards:
+            save_progress(progress, (part, done), writers)
+    bar.close()
 
 
-FLOOR_TOKENS = 50_000_000
+def total(writers, name):
+    """The sum of one count over all writers."""
+    return sum(writer.counts[name] for writer in writers)
 
 
-def first_tokens(folder, split, limit=FLOOR_TOKENS):
-    """The first `limit` tokens of a split, as int64."""
-    parts, count = [], 0
-    for path in sorted(Path(folder).glob(f"{split}_*.bin")):
-        _, tokens = open_shard(path, verify=False)
-        parts.append(tokens[: limit - count].astype(np.int64))
-        count += len(parts[-1])
-        if count == limit:
-            break
-    return np.concatenate(parts)
+# Two floors
 
 
 def unigram_nats(train, val, vocab_size):
-    """Mean of -log p(token), p counted in `train`, one added to each count.
+    """Mean of -log p(token) over val[1:], with counts from `train`.
 
     Args:
         train, val: ids, int64.
     """
     counts = np.bincount(train, minlength=vocab_size) + 1
-    return float(-np.log(counts[val] / counts.sum()).mean())
+    return float(-np.log(counts[val[1:]] / counts.sum()).mean())
 
 
 def bigram_nats(train, val, vocab_size):
-    """Mean of -log p(token | the token before), interpolated Kneser-Ney.
-
-    Each pair that occurs in `train` gives up a discount. What is given up
-    goes to all tokens, by the number of different tokens they follow.
-    Source: Chen and Goodman, 1998 (TR-10-98), equation for the bigram.
-    """
+    """Mean of -log p(token | token before) over val[1:], Kneser-Ney."""
     V = vocab_size
     pairs, counts = np.unique(train[:-1] * V + train[1:], return_counts=True)
     once, twice = (counts == 1).sum(), (counts == 2).sum()
-    discount = once / max(once + 2 * twice, 1)
-    before, after = pairs // V, pairs % V
-    total = np.bincount(before, counts, V)  # tokens that follow each token
-    kinds = np.bincount(before, minlength=V)  # different ones
-    follows = np.bincount(after, minlength=V) + 1
-    lower = follows / follows.sum()
+    d = once / max(once + 2 * twice, 1)
+    c = np.bincount(pairs // V, counts, V)  # tokens seen behind each token
+    k = np.bincount(pairs // V, minlength=V)  # different ones
+    lower = np.bincount(pairs % V, minlength=V) + 1
+    lower = lower / lower.sum()
     a, b = val[:-1], val[1:]
     place = np.searchsorted(pairs, a * V + b).clip(max=len(pairs) - 1)
-    found = np.where(pairs[place] == a * V + b, counts[place] - discount, 0)
-    seen = np.maximum(total[a], 1)
-    left = np.where(total[a] > 0, discount * kinds[a] / seen, 1.0)
-    return float(-np.log(found / seen + left * lower[b]).mean())
+    seen = np.where(pairs[place] == a * V + b, counts[place] - d, 0)
+    rest = np.where(c[a] > 0, d * k[a], 1)  # a token never seen: all to p_k
+    p = (seen + rest * lower[b]) / np.maximum(c[a], 1)
+    return float(-np.log(p).mean())
+
+
+# The data folder
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `dataset.json` in a data folder says."""
+    """`dataset.json`: sizes, floors in nats a token, and origin."""
 
     corpus: str
     tokenizer: str
-    tokenizer_hash: str
+    tokenizer_hash: str  # `digest` of tokenizer.json
     vocab_size: int
-    end_of_text: int
-    shard_tokens: int
+    end_of_text: int  # the id in front of each document
     train_shards: int
     train_documents: int
     train_tokens: int
@@ -926,19 +946,15 @@ class DatasetInfo:
     val_documents: int
     val_tokens: int
     val_bytes: int
-    unigram_nats: float
+    unigram_nats: float  # of the validation text, counts from training
     bigram_nats: float
-    settings: str = ""
-    hash: str = ""
+    bytes_per_token: float  # of the validation text
+    hash: str  # of all shards
+    settings: str  # hash of what `prepare` was asked for
     versions: dict = field(default_factory=dict)
 
-    @property
-    def bytes_per_token(self):
-        """UTF-8 bytes of text for each token of the validation text."""
-        return self.val_bytes / self.val_tokens
-
     def bits_per_byte(self, nats):
-        """Nats a token of the validation text -> bits a byte."""
+        """Nats a token of the validation text -> bits a byte of it."""
         return nats / math.log(2) / self.bytes_per_token
 
 
@@ -946,7 +962,7 @@ def load_dataset_info(folder):
     """The `DatasetInfo` of a data folder.
 
     Raises:
-        InputError: no data folder, or an unfinished one.
+        InputError: not a data folder, or a damaged one.
     """
     path = Path(folder) / "dataset.json"
     if not path.is_file():
@@ -960,49 +976,52 @@ def load_dataset_info(folder):
         raise InputError(f"{path}: not readable ({error})") from error
 
 
+FLOOR_TOKENS = 50_000_000
+
+
+def first_tokens(folder, split, limit=FLOOR_TOKENS):
+    """The first `limit` ids of a split, int64: enough for the floors."""
+    parts, left = [], limit
+    for path in sorted(Path(folder).glob(f"{split}_*.bin")):
+        parts.append(open_shard(path, verify=False)[1][:left])
+        left -= len(parts[-1])
+    return np.concatenate(parts).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a data folder will hold."""
+    """What may be chosen when a data folder is made."""
 
-    corpus: str
-    source: str
-    tokenizer: str
-    vocab_size: int | None
-    max_tokens: int | None
-    shard_tokens: int
-    val_share: float | None
+    tokenizer: str = "bpe"  # or "gpt2", or a folder with tokenizer.json
+    vocab_size: int | None = None  # of a trained tokenizer; 2,048
+    max_tokens: int | None = None  # stop after so many
+    shard_tokens: int = 100_000_000  # of every shard but the last
+    val_share: float | None = None  # of the text that is held out
 
-    def key(self):
-        """A short hash of the settings."""
-        return digest(json.dumps(asdict(self)).encode())[:32]
-
-
-def open_corpus(corpus, processes, val_share=None):
-    """A corpus by name or files -> (source, function that reads it).
-
-    `source` is a text that changes when the corpus does.
-    """
-    share = {} if val_share is None else {"share": val_share}
-    if corpus == "docs":
-        path = docs_corpus(processes)
-        return path.stem, lambda: read_docs(path)
-    if corpus == "fineweb-edu":
-        return "/".join(FINEWEB_EDU), lambda: stream_dataset(
-            *FINEWEB_EDU, **share
-        )
-    paths = [corpus] if isinstance(corpus, str | Path) else corpus
-    files = find_files(paths)
-    stats = [(str(p.resolve()), p.stat()) for p in files]
-    marks = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    return json.dumps(marks), lambda: read_files(files, **share)
+    def __post_init__(self):
+        """Refuse what cannot be, before any work is done."""
+        for name in ("vocab_size", "max_tokens", "shard_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} {value}: must be at least 1")
+        if self.val_share is not None and not 0 < self.val_share < 1:
+            raise InputError(f"val_share {self.val_share}: not in (0, 1)")
+        small = self.vocab_size and self.vocab_size < BYTE_VOCABULARY
+        if self.tokenizer == "bpe" and small:
+            raise InputError(
+                f"vocab_size {self.vocab_size}: bytes and end of text need "
+                f"{BYTE_VOCABULARY}"
+            )
+        if self.tokenizer not in ("bpe", "gpt2"):
+            read_tokenizer(self.tokenizer)
 
 
-TRAIN_BYTES = 200_000_000
+TRAIN_LETTERS = 200_000_000
 
 
-def training_texts(documents, limit=TRAIN_BYTES):
+def training_texts(corpus, limit=TRAIN_LETTERS):
     """Texts of the training side, up to a limit of letters."""
-    for split, text in documents:
+    for split, text in corpus.documents():
         if split == "train":
             yield text
             limit -= len(text)
@@ -1010,185 +1029,174 @@ def training_texts(documents, limit=TRAIN_BYTES):
                 return
 
 
-def prepare_tokenizer(name, read, vocab_size, folder, source):
-    """Write the tokenizer folder: trained, GPT-2's or a copy."""
-    if name == "gpt2":
-        save_tokenizer(gpt2_tokenizer(), folder)
-    elif name == "bpe":
-        size = vocab_size or 2048
-        kept = cache_folder() / f"bpe_{digest(source.encode())[:16]}_{size}"
-        if source.startswith("docs_") and kept.exists():
-            tokenizer = read_tokenizer(kept)
-        else:
-            tokenizer = train_bpe(training_texts(read()), size)
-            if source.startswith("docs_"):
-                save_tokenizer(tokenizer, kept)
-        save_tokenizer(tokenizer, folder)
+def trained_tokenizer(corpus, size):
+    """A BPE fitted to a corpus; for docs, the cache remembers it."""
+    if not corpus.source.startswith("docs_"):
+        return train_bpe(training_texts(corpus), size)
+    version = importlib.metadata.version("tokenizers")
+    name = f"bpe_{corpus.source}_{version}_{size}"
+    kept = cache_folder() / name
+    if not (kept / "tokenizer.json").exists():
+        save_tokenizer(train_bpe(training_texts(corpus), size), kept)
+    return read_tokenizer(kept)
+
+
+def make_tokenizer(settings, corpus, folder):
+    """Fill a tokenizer folder: trained, GPT-2's, or a copy -> V."""
+    name = settings.tokenizer
+    if name == "bpe":
+        size = settings.vocab_size or 2048
+        save_tokenizer(trained_tokenizer(corpus, size), folder)
+    elif name == "gpt2":
+        ranks = load_tiktoken()._mergeable_ranks
+        save_tokenizer(tokenizer_from_ranks(ranks), folder)
     else:
-        read_tokenizer(name)
         folder.mkdir(exist_ok=True)
-        for file in sorted(Path(name).iterdir()):
-            if file.name in TOKENIZER_FILES or file.suffix == ".jinja":
+        kinds = "tokenizer*.json", "special*.json", "*.jinja", "*.model"
+        for kind in (*kinds, "added_tokens.json", "vocab.json", "merges.txt"):
+            for file in Path(name).glob(kind):
                 shutil.copy(file, folder / file.name)
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-
-
-def vocabulary_size(tokenizer, wanted):
-    """V: the tokenizer's, or a larger wanted one."""
-    size = max(tokenizer.get_vocab().values()) + 1
-    if wanted is not None and wanted < size:
-        raise InputError(
-            f"the tokenizer has {size:,} tokens; --vocab-size {wanted:,} is "
-            "too small for it"
-        )
+    size = 1 + max(read_tokenizer(folder).get_vocab().values())
+    if name != "bpe" and settings.vocab_size:
+        if settings.vocab_size < size:
+            raise InputError(
+                f"the tokenizer {name} has {size:,} tokens: a vocab_size of "
+                f"{settings.vocab_size:,} is too small for it"
+            )
+        size = settings.vocab_size  # more than needed: rows to spare
     return size
 
 
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+def fill_folder(folder, settings, corpus, processes):
+    """Write tokenizer and shards, or what is left of them.
+
+    Returns:
+        The fields of `DatasetInfo` that are known then, as a dict.
+    """
+    place = folder / "tokenizer"
+    V = make_tokenizer(settings, corpus, place)
+    separator = separator_id(place, read_tokenizer(place))
+    name = digest((place / "tokenizer.json").read_bytes())
+    shape = settings.shard_tokens, V, name
+    writers = [ShardWriter(folder, s, *shape) for s in ("train", "val")]
+    encode = partial(
+        parallel_map,
+        encode_pieces,
+        processes=processes,
+        setup=start_encoder,
+        arguments=(place, settings.tokenizer, separator),
+    )
+    note = folder / "progress.npz"
+    write_shards(corpus, writers, encode, settings.max_tokens, note)
+    known = dict(tokenizer_hash=name, vocab_size=V, end_of_text=separator)
+    for writer in writers:
+        if writer.left():
+            writer.flush()
+        for count in ("shards", "documents", "tokens", "bytes"):
+            known[f"{writer.split}_{count}"] = writer.counts[count]
+    note.unlink(missing_ok=True)
+    return known
 
 
-def prepare(
-    corpus,
-    out,
-    tokenizer="bpe",
-    vocab_size=None,
-    max_tokens=None,
-    shard_tokens=100_000_000,
-    val_share=None,
-    processes=None,
-):
+def describe(folder, settings, corpus, key, known):
+    """Measure the floors and write dataset.json."""
+    for split in ("train", "val"):
+        if known[f"{split}_tokens"] < 2:
+            raise InputError(f"the corpus leaves no {split} text: add some")
+    train, val = (first_tokens(folder, split) for split in ("train", "val"))
+    sums = [read_header(p).checksum for p in sorted(folder.glob("*.bin"))]
+    names = [corpus] if isinstance(corpus, str | Path) else corpus
+    info = DatasetInfo(
+        corpus=" ".join(Path(name).name for name in names),
+        tokenizer=Path(settings.tokenizer).name,
+        unigram_nats=unigram_nats(train, val, known["vocab_size"]),
+        bigram_nats=bigram_nats(train, val, known["vocab_size"]),
+        bytes_per_token=known["val_bytes"] / known["val_tokens"],
+        hash=digest("".join(sums).encode()),
+        settings=key,
+        versions=docs_versions() if corpus == "docs" else {},
+        **known,
+    )
+    write_json(folder / "dataset.json", asdict(info))
+
+
+def finished(out, key):
+    """Whether the folder is there, made with the same settings.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if (out / "dataset.json").exists():
+        if load_dataset_info(out).settings != key:
+            raise InputError(
+                f"{out} holds another data set: delete it, or choose another "
+                "folder"
+            )
+        return True
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists, but is not a data folder")
+    return False
+
+
+def claim_folder(folder, key):
+    """Make the folder for the parts, or find that of the same settings."""
+    note = folder / "settings"
+    if not note.exists() or note.read_text() != key:
+        if (folder / "progress.npz").exists():
+            raise InputError(
+                f"{folder} holds an unfinished data set with other settings: "
+                "delete it, or choose another folder"
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(note, key.encode())
+
+
+@contextmanager
+def clear_errors(folder):
+    """Name a full disk; after bad input remove what was begun."""
+    try:
+        yield
+    except InputError:
+        if not (folder / "progress.npz").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"the disk is full, {folder} is unfinished: free some space "
+                "and run the same command again, it will go on"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise InputError(f"{error.filename}: {error.strerror}") from error
+        raise
+
+
+def prepare(corpus, out, processes=None, **options):
     """Make a data folder: shards, tokenizer/ and dataset.json.
-
-    The folder appears when it is complete. Until then its parts lie in
-    OUT.partial; a run that was killed continues there and ends with the
-    same bytes.
 
     Args:
         corpus: "docs", "fineweb-edu", or a list of files.
-        out: the folder to make.
-        tokenizer: "bpe", "gpt2", or a folder with tokenizer.json.
-        vocab_size: size of a trained vocabulary, 2,048 unless given.
-        max_tokens: stop after the document that reaches so many.
-        val_share: share of the text held out (not for docs).
-        processes: workers, one a processor unless given.
+        out: the folder, which appears when it is complete.
+        processes: workers; one for each processor unless given.
+        options: the fields of `Settings`.
 
     Returns:
-        `DatasetInfo`.
+        Its `DatasetInfo`; at once if the folder is there already.
 
     Raises:
-        InputError: of any input that cannot be used, and of a full disk.
+        InputError: input that cannot be used, or a full disk.
     """
-    out = Path(out)
-    source, read = open_corpus(corpus, processes, val_share)
-    names = corpus if isinstance(corpus, str) else " ".join(map(str, corpus))
-    settings = Settings(
-        names,
-        source,
-        str(tokenizer),
-        vocab_size,
-        max_tokens,
-        shard_tokens,
-        val_share,
-    )
-    if (out / "dataset.json").exists():
-        info = load_dataset_info(out)
-        if info.settings != settings.key():
-            raise InputError(f"{out} holds another data set: delete it first")
-        return info
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not a data folder")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        info = fill_folder(partial, settings, read, processes)
-        os.replace(partial, out)
-    except InputError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise InputError(
-            f"{partial}: the disk is full; free some space and run the same "
-            "command again, it will continue"
-        ) from error
-    return info
-
-
-def fill_folder(folder, settings, read, processes):
-    """Do the work of `prepare` in `folder`, or what is left of it."""
-    begun = folder / "settings.json"
-    if begun.exists() and json.loads(begun.read_text()) != settings.key():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(begun, settings.key())
-    place = folder / "tokenizer"
-    if not (place / "tokenizer.json").exists():
-        prepare_tokenizer(
-            settings.tokenizer,
-            read,
-            settings.vocab_size,
-            place,
-            settings.source,
-        )
-    tokenizer = read_tokenizer(place)
-    bpe = settings.tokenizer == "bpe"
-    V = vocabulary_size(tokenizer, None if bpe else settings.vocab_size)
-    separator = separator_id(place, tokenizer)
-    name = digest((place / "tokenizer.json").read_bytes())
-    writers = [
-        ShardWriter(folder, split, settings.shard_tokens, V, name)
-        for split in ("train", "val")
-    ]
-
-    def encode(groups):
-        return parallel_map(
-            encode_pieces,
-            groups,
-            processes,
-            start_encoder,
-            (place, settings.tokenizer, separator),
-        )
-
-    progress = folder / "progress.npz"
-    write_shards(read(), writers, encode, settings.max_tokens, progress)
-    for writer in writers:
-        if writer.waiting:
-            writer.flush(writer.waiting)
-        if writer.tokens < 2:
-            raise InputError(f"the corpus leaves no {writer.split} text")
-    train, val = (first_tokens(folder, w.split) for w in writers)
-    train_writer, val_writer = writers
-    info = DatasetInfo(
-        corpus=settings.corpus,
-        tokenizer=settings.tokenizer,
-        tokenizer_hash=name,
-        vocab_size=V,
-        end_of_text=separator,
-        shard_tokens=settings.shard_tokens,
-        train_shards=train_writer.shards,
-        train_documents=train_writer.documents,
-        train_tokens=train_writer.tokens,
-        train_bytes=train_writer.bytes,
-        val_shards=val_writer.shards,
-        val_documents=val_writer.documents,
-        val_tokens=val_writer.tokens,
-        val_bytes=val_writer.bytes,
-        unigram_nats=unigram_nats(train, val, V),
-        bigram_nats=bigram_nats(train, val, V),
-        settings=settings.key(),
-        versions=docs_versions() if settings.corpus == "docs" else {},
-    )
-    write_json(folder / "dataset.json", asdict(info))
-    begun.unlink()
-    progress.unlink(missing_ok=True)
-    return info
+    settings, out = Settings(**options), Path(out)
+    text = open_corpus(corpus, settings.val_share, processes)
+    key = digest(json.dumps([asdict(settings), text.source]).encode())
+    if finished(out, key):
+        return load_dataset_info(out)
+    parts = out.with_name(out.name + ".partial")
+    with clear_errors(parts):
+        claim_folder(parts, key)
+        known = fill_folder(parts, settings, text, processes)
+        describe(parts, settings, corpus, key, known)
+        (parts / "settings").unlink()
+        os.replace(parts, out)
+    return load_dataset_info(out)
