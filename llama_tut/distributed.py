@@ -21,6 +21,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llama_tut.config import InputError
 
+# How do we know that all copies are equal?
+
+
+def inner(model):
+    """The model itself, without the wrappers of DDP and torch.compile."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = getattr(model, "module", None) or model._orig_mod
+    return model
+
+
+def parameter_hash(model):
+    """SHA-256 of all parameters by name, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, p in inner(model).named_parameters():
+        digest.update(name.encode())
+        bits = p.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(bits.numpy())
+    return digest.hexdigest()
+
+
 # Start and stop
 
 
@@ -32,71 +52,32 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
-    patient: object = None  # a gloo group that waits half an hour
+    patient: object = None  # a gloo group that waits for half an hour
 
 
 def choose_device(name, local_rank=0, ranks_here=1):
-    """The device called auto, cpu, cuda or mps for this rank.
+    """The device of this rank: auto, cpu, cuda or mps (Apple's GPU).
 
     Raises:
-        InputError: this machine lacks the device, or one for each rank.
+        InputError: this machine has no such device, or too few of them.
     """
     gpus = torch.cuda.device_count()
+    mps = torch.backends.mps.is_available()
     if name == "auto":
-        mps = torch.backends.mps.is_available() and ranks_here == 1
-        name = "cuda" if gpus else "mps" if mps else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    if name == "mps" and torch.backends.mps.is_available():
-        if ranks_here > 1:
-            raise InputError("mps serves one rank: start one, or use cpu")
-        return torch.device("mps")
-    if name == "cuda" and gpus:
-        if gpus < ranks_here:
-            raise InputError(
-                f"{ranks_here} ranks need {ranks_here} GPUs, found {gpus}: "
-                "start fewer ranks, or use device cpu"
-            )
-        return torch.device("cuda", local_rank)
-    if name in ("cuda", "mps"):
-        raise InputError(f"device {name}: not found here, use cpu or auto")
-    raise InputError(f"device {name!r} is none of auto, cpu, cuda, mps")
+        alone = mps and ranks_here == 1
+        name = "cuda" if gpus else "mps" if alone else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device {name!r}: take auto, cpu, cuda or mps")
+    found = {"cpu": ranks_here, "cuda": gpus, "mps": int(mps)}[name]
+    if found < ranks_here:
+        raise InputError(
+            f"device {name}: {ranks_here} wanted, {found} found; "
+            "take device cpu, or start fewer ranks"
+        )
+    return torch.device(name, local_rank if name == "cuda" else None)
 
 
-def start(device="auto", timeout_s=20):
-    """Join the other ranks that torchrun started; alone, just pick a device.
-
-    Args:
-        device: auto, cpu, cuda or mps.
-        timeout_s: how long a collective waits for a rank before it raises.
-
-    Raises:
-        InputError: the device is not here, on every rank alike.
-    """
-    environment = os.environ
-    rank = int(environment.get("RANK", 0))
-    world_size = int(environment.get("WORLD_SIZE", 1))
-    local_rank = int(environment.get("LOCAL_RANK", 0))
-    ranks_here = int(environment.get("LOCAL_WORLD_SIZE", 1))
-    device = choose_device(device, local_rank, ranks_here)
-    if "LOCAL_RANK" in environment:
-        die_with_parent()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # On a timeout NCCL would wait another minute to write a trace.
-        environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-    patient = None
-    if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        patient = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
-    return Ranks(rank, world_size, local_rank, device, patient)
-
-
-def stop():
-    """Leave the group; nothing to do for a process that is alone."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+# When a rank is lost
 
 
 def die_with_parent():
@@ -107,6 +88,7 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch():
+        # On Linux too: the parent may have died just before prctl.
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -114,32 +96,72 @@ def die_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-# Agree
+def start(device="auto", timeout_s=20):
+    """Join the ranks that torchrun started; alone, only choose a device.
+
+    Args:
+        device: auto, cpu, cuda or mps.
+        timeout_s: how long a rank waits for the others before it raises.
+
+    Raises:
+        InputError: the device is not here.
+    """
+
+    def number(name, default):
+        return int(os.environ.get(name, default))
+
+    rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
+    local_rank = number("LOCAL_RANK", 0)
+    ranks_here = number("LOCAL_WORLD_SIZE", 1)
+    device = choose_device(device, local_rank, ranks_here)
+    if "LOCAL_RANK" in os.environ:  # torchrun is the parent
+        die_with_parent()
+    if world_size == 1:
+        return Ranks(rank, world_size, local_rank, device)
+    patient = connect(device, timedelta(seconds=timeout_s))
+    return Ranks(rank, world_size, local_rank, device, patient)
+
+
+def connect(device, timeout):
+    """Connect to the other ranks; returns the patient group."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # After a timeout NCCL would take a minute more to write a trace.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+
+
+def stop():
+    """Leave the other ranks; nothing to do for a process that is alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# Agreeing on small things
 
 
 def mean_over_ranks(tensor):
-    """The mean of a tensor over all ranks; the tensor itself when alone."""
+    """The mean of a tensor over all ranks; alone, the tensor itself."""
     if not dist.is_initialized():
         return tensor
     total = tensor.detach().clone()
-    dist.all_reduce(total)  # a sum: gloo has no average
+    dist.all_reduce(total)  # a sum: gloo has no mean
     return total / dist.get_world_size()
 
 
 def any_rank(flag, device="cpu"):
-    """Whether `flag` is true on at least one rank; all ranks must ask."""
-    if not dist.is_initialized():
-        return bool(flag)
-    count = torch.tensor(float(flag), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
+    """Whether `flag` is true on any rank. All ranks have to ask."""
+    flag = torch.tensor(float(flag), device=device)
+    return mean_over_ranks(flag).item() > 0
 
 
-def from_rank_zero(value):
-    """What rank 0 passed; the others' values are ignored."""
+def broadcast_object(value, group=None):
+    """What rank 0 passed, whatever the others did."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
@@ -150,10 +172,11 @@ def wait_for_all(ranks):
 
 
 @contextmanager
-def shared_errors():
+def shared_errors(group=None):
     """Raise an InputError of any rank on every rank.
 
-    The body must not talk to other ranks: one that fails never answers.
+    The body must not talk to other ranks: one that fails never answers. If
+    it takes ranks unequally long, pass the patient group.
     """
     text = None
     try:
@@ -163,26 +186,29 @@ def shared_errors():
     texts = [text]
     if dist.is_initialized():
         texts = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, text)
+        dist.all_gather_object(texts, text, group=group)
     for text in texts:
         if text is not None:
             raise InputError(text)
 
 
-# Gradients
+# DDP: buckets that leave early
 
 
 def wrap(model, ranks):
-    """The model as DDP when there are other ranks, else the model itself."""
+    """The model as DDP if there are other ranks, else the model itself."""
     if ranks.world_size == 1:
         return model
     on_gpu = ranks.device.type == "cuda"
     return DistributedDataParallel(
         model,
         device_ids=[ranks.device] if on_gpu else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
+        forward_sync_buffers=False,
+        gradient_as_bucket_view=True,  # no second copy of the gradients
     )
+
+
+# Send once a step
 
 
 @contextmanager
@@ -191,23 +217,23 @@ def micro_step_sync(model, last):
 
     Forward AND backward belong inside: DDP decides in the forward pass.
     """
-    no_sync = getattr(model, "no_sync", nullcontext)
+    no_sync = getattr(model, "no_sync", nullcontext)  # alone: no DDP
     with nullcontext() if last else no_sync():
         yield
 
 
-def inner(model):
-    """The model inside DDP and torch.compile."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = getattr(model, "module", None) or model._orig_mod
-    return model
+# The last bits of a sum
 
 
-def parameter_hash(model):
-    """Hex SHA-256 of all parameters by name: equal only if every bit is."""
-    digest = hashlib.sha256()
-    for name, p in inner(model).named_parameters():
-        digest.update(name.encode())
-        data = p.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(data.numpy())
-    return digest.hexdigest()
+def rehearse(model, inputs, targets, cast=nullcontext):
+    """Let DDP settle its buckets, so that all steps sum in one order.
+
+    Args:
+        inputs, targets: any micro batch, [B, T]; it leaves no trace.
+        cast: the context of the forward pass, such as autocast.
+    """
+    if isinstance(model, DistributedDataParallel):
+        with cast():
+            loss = model(inputs, targets=targets)
+        loss.backward()
+        model.zero_grad()
