@@ -1,0 +1,102 @@
+"""Peak memory and time of the head loss, with and without the full logits.
+
+    python benchmarks/bench_head_loss.py [--rows 2048]
+
+V 128,256 and D 256. Each contender runs forward and backward in a process of
+its own; memory is what the process' peak grew by, the gradients of hidden and weight
+included (127 MiB in float32). Writes
+benchmarks/results/head_loss.json.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+V, D = 128_256, 256
+
+
+def plain(hidden, weight, targets):
+    """The loss with all its logits, in float32."""
+    from torch.nn import functional as F
+
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+
+def measure(name, dtype, rows):
+    """Print the loss, the seconds and the growth of the peak, as JSON."""
+    import torch
+
+    from llama_tut.model import head_loss
+
+    torch.manual_seed(0)
+    loss_of = {"plain": plain, "ours": head_loss}[name]
+    dtype = getattr(torch, dtype)
+    hidden = torch.randn(rows, D, dtype=dtype, requires_grad=True)
+    weight = (0.1 * torch.randn(V, D)).to(dtype).requires_grad_()
+    targets = torch.randint(V, (rows,))
+    small = torch.randn(8, D, dtype=dtype, requires_grad=True)
+    loss_of(hidden[:2], small, targets[:2] % 8).backward()  # load the kernels
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    loss = loss_of(hidden, weight, targets)
+    loss.backward()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mib = (peak - before) / 1024
+    print(json.dumps({"loss": loss.item(), "seconds": seconds, "mib": mib}))
+
+
+def child(name, dtype, rows):
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--rows", str(rows)]
+    done = subprocess.run(
+        [*command, "--contender", name, "--dtype", dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender:
+        measure(args.contender, args.dtype, args.rows)
+        return
+    from machine import write_result
+
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        for name in ("plain", "ours"):
+            found = child(name, dtype, args.rows)
+            results[f"{name} {dtype}"] = found
+            print(f"{name} {dtype}: {found}", flush=True)
+    ratios = {
+        dtype: round(
+            results[f"plain {dtype}"]["mib"] / results[f"ours {dtype}"]["mib"],
+            1,
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    print("times less memory:", ratios)
+    write_result(
+        "head_loss",
+        {
+            "vocab_size": V,
+            "hidden_size": D,
+            "rows": args.rows,
+            "results": results,
+            "times_less_memory": ratios,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
