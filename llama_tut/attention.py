@@ -47,7 +47,7 @@ def attend_block(q, k, v, mask=None):
     if mask is None and T > 1:
         mask = causal_mask(T, S, q.device)  # [T, S]
     if mask is not None:
-        lowest = torch.finfo(scores.dtype).min / 2
+        lowest = max(torch.finfo(scores.dtype).min / 2, -1e38)
         bias = scores.new_zeros(mask.shape)  # [..., T, S]
         bias = bias.masked_fill(~mask, lowest).unsqueeze(-3)  # [..., 1, T, S]
         scores = scores.view(B, K, G, T, S) + bias  # [B, K, G, T, S]
