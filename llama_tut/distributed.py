@@ -122,15 +122,24 @@ def start(device="auto", timeout_s=20):
     return Ranks(rank, world_size, local_rank, device, patient)
 
 
+PATIENCE = timedelta(minutes=30)
+
+
 def connect(device, timeout):
     """Connect to the other ranks; returns the patient group."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # After a timeout NCCL would take a minute more to write a trace.
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
-    return dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if store.add("arrived", 1) >= world_size:
+        store.set("all arrived", "yes")
+    store.wait(["all arrived"], PATIENCE)
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=store, rank=rank, world_size=world_size, timeout=timeout,
+    )  # fmt: skip
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def stop():
