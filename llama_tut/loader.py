@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from llama_tut.config import InputError
-from llama_tut.tokens import load_dataset_info, open_shard
+from llama_tut.tokens import digest, load_dataset_info, open_shard
 
-ROUNDS = 4
+# An order that can be indexed
+
+ROUNDS = 8
 
 
 def scramble(x):
-    """Mix the bits of each uint64 (splitmix64's finaliser)."""
+    """Mix the bits of each uint64 (the last step of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -33,9 +35,9 @@ def feistel(x, half, keys):
 
 
 def shuffled(places, size, seed, epoch):
-    """Places of an epoch's order -> rows: a permutation of range(size).
+    """Places in an epoch's order -> rows: a permutation of range(size).
 
-    Constant time and memory for each place, whatever the size.
+    Time and memory for a place do not depend on `size`.
 
     Args:
         places: integers below `size`, any shape.
@@ -51,23 +53,96 @@ def shuffled(places, size, seed, epoch):
     return rows.astype(np.int64)
 
 
+# The shards
+
+
+def open_shards(folder, split, rank=0, world_size=1):
+    """Memory maps of a split's shards, checked against dataset.json.
+
+    Raises:
+        InputError: a shard or the tokenizer is missing, damaged, or does not
+            belong to the others.
+    """
+    info = load_dataset_info(folder)
+    tokenizer = Path(folder) / "tokenizer" / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise InputError(f"{tokenizer} is missing; prepare the data again")
+    shards = []
+    for number in range(getattr(info, f"{split}_shards")):
+        path = Path(folder) / f"{split}_{number:05d}.bin"
+        header, tokens = open_shard(path, number % world_size == rank)
+        for name in (info.tokenizer_hash, digest(tokenizer.read_bytes())):
+            if header.tokenizer != name:
+                raise InputError(f"{path}: written with another tokenizer")
+        if header.vocab_size != info.vocab_size:
+            raise InputError(
+                f"{path}: a vocabulary of {header.vocab_size:,}, but "
+                f"{info.vocab_size:,} in dataset.json"
+            )
+        shards.append(tokens)
+    found, expected = sum(map(len, shards)), getattr(info, f"{split}_tokens")
+    if found != expected:
+        raise InputError(
+            f"{folder}: {found:,} {split} tokens instead of {expected:,}; "
+            "prepare it again"
+        )
+    return shards
+
+
+def check_rows(folder, split, rows, batch):
+    """Refuse a split that does not fill one batch of all ranks."""
+    if rows < batch:
+        raise InputError(
+            f"{folder}: its {split} text has {rows} rows, and one batch of all "
+            f"ranks takes {batch}: take more text, or smaller or shorter rows"
+        )
+
+
+# From a place to tokens
+
+
+def rows_at(start, count, size, seed=None):
+    """Rows at the global places start .. start + count - 1.
+
+    Args:
+        size: M, rows of an epoch.
+        seed: of the order; None keeps the order of the text.
+    """
+    epochs, places = np.divmod(np.arange(start, start + count), size)
+    if seed is not None:
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            places[now] = shuffled(places[now], size, seed, epoch)
+    return places
+
+
+def read_row(shards, ends, row, sequence_length):
+    """The T + 1 tokens of a row; `ends` counts rows up to each shard's end."""
+    shard = int(np.searchsorted(ends, row, side="right"))
+    first = ends[shard - 1] if shard else 0
+    at = int(row - first) * sequence_length
+    return shards[shard][at : at + sequence_length + 1]
+
+
+# The class
+
+
 class ShardLoader:
     """Rows of T + 1 tokens from the shards of a data folder.
 
-    Row w of a shard is its tokens wT .. wT + T, both included. All ranks
-    count in one global position: rows that all of them have taken.
+    `position` counts the rows that all ranks together have taken. Set it to
+    go elsewhere; nothing is read for that.
 
     Args:
         folder: made by `llama_tut.tokens.prepare`.
         split: "train" or "val".
         batch_size, sequence_length: B and T of a batch.
-        rank, world_size: which B of each W * B rows are ours.
+        rank, world_size: our B of each W * B rows.
         seed: of the order, which differs in every epoch.
         shuffle: False keeps the order of the text.
 
     Raises:
-        InputError: a shard is missing, damaged or of another vocabulary, or
-            the split has fewer than W * B rows.
+        InputError: as `open_shards`; or fewer than W * B rows.
     """
 
     def __init__(
@@ -83,74 +158,24 @@ class ShardLoader:
     ):
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.rank, self.world_size = rank, world_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed = seed if shuffle else None
         self.position = 0
         self.shards = open_shards(folder, split, rank, world_size)
-        rows = [(len(s) - 1) // sequence_length for s in self.shards]
-        self.ends = np.cumsum(rows)
-        if len(self) < world_size * batch_size:
-            raise InputError(
-                f"{folder}: {split} has {len(self)} rows of {sequence_length} "
-                f"tokens, fewer than the {world_size} x {batch_size} of one "
-                "batch: use more text, or smaller batches"
-            )
+        self.ends = np.cumsum(
+            [(len(s) - 1) // sequence_length for s in self.shards]
+        )
+        check_rows(folder, split, len(self), world_size * batch_size)
 
     def __len__(self):
         """M: rows of an epoch, of all ranks together."""
         return int(self.ends[-1])
 
-    def rows(self, start, count):
-        """Indices of the global rows start .. start + count, [count]."""
-        n = np.arange(start, start + count)
-        epochs, places = np.divmod(n, len(self))
-        if not self.shuffle:
-            return places
-        for epoch in np.unique(epochs):
-            now = epochs == epoch
-            places[now] = shuffled(places[now], len(self), self.seed, epoch)
-        return places
-
-    def tokens(self, row):
-        """The T + 1 tokens of one row."""
-        shard = int(np.searchsorted(self.ends, row, side="right"))
-        first = self.ends[shard - 1] if shard else 0
-        at = int(row - first) * self.sequence_length
-        return self.shards[shard][at : at + self.sequence_length + 1]
-
     def next_batch(self):
         """This rank's next B rows -> inputs, targets, int64 [B, T] each."""
         start = self.position + self.rank * self.batch_size
         self.position += self.world_size * self.batch_size
-        rows = [self.tokens(r) for r in self.rows(start, self.batch_size)]
-        batch = torch.from_numpy(np.stack(rows).astype(np.int64))
+        rows = rows_at(start, self.batch_size, len(self), self.seed)
+        T = self.sequence_length
+        rows = [read_row(self.shards, self.ends, row, T) for row in rows]
+        batch = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T+1]
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-
-def open_shards(folder, split, rank=0, world_size=1):
-    """Memory maps of a split's shards, checked against dataset.json.
-
-    Every rank checks every header. The checksums, which need the whole
-    file, are shared out: rank r takes shards r, r + W and so on.
-    """
-    info = load_dataset_info(folder)
-    count = {"train": info.train_shards, "val": info.val_shards}[split]
-    expected = {"train": info.train_tokens, "val": info.val_tokens}[split]
-    shards = []
-    for number in range(count):
-        path = Path(folder) / f"{split}_{number:05d}.bin"
-        verify = number % world_size == rank
-        header, tokens = open_shard(path, verify)
-        if header.tokenizer != info.tokenizer_hash:
-            raise InputError(f"{path}: written with another tokenizer")
-        if header.vocab_size != info.vocab_size:
-            raise InputError(
-                f"{path}: {header.vocab_size:,} tokens in its vocabulary, "
-                f"{info.vocab_size:,} in dataset.json"
-            )
-        shards.append(tokens)
-    found = sum(map(len, shards))
-    if found != expected:
-        raise InputError(
-            f"{folder}: {found:,} {split} tokens instead of {expected:,}"
-        )
-    return shards
