@@ -1,16 +1,44 @@
-"""DRAFT"""
+# From notebooks/07_block.ipynb by scripts/export.py: edit the notebook.
+"""Decoder layer: attention and MLP, each reads the stream and adds to it.
+
+Letters: B batch, T time, D hidden_size, C head_dim.
+"""
+
 from torch import nn
-from llama_tut.rmsnorm import LlamaRMSNorm
+
 from llama_tut.attention import LlamaAttention
 from llama_tut.mlp import LlamaMLP
+from llama_tut.rmsnorm import LlamaRMSNorm
+
+# The class
+
 
 class LlamaDecoderLayer(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Source: transformers' `LlamaDecoderLayer`, for names and order.
+
+    Args:
+        config: a `LlamaConfig`.
+    """
+
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = LlamaRMSNorm(D, eps)
         self.self_attn = LlamaAttention(config)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(D, eps)
         self.mlp = LlamaMLP(config)
+
     def forward(self, x, cos, sin, attention_mask=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention_mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        """x [B, T, D], cos and sin [T, C/2] -> [B, T, D].
+
+        `attention_mask` and `cache` (this layer's) go to `LlamaAttention`.
+        """
+        read = self.input_layernorm(x)  # [B, T, D]
+        add = self.self_attn(
+            read, cos, sin, attention_mask, cache
+        )  # [B, T, D]
+        x = x + add  # [B, T, D]
+        read = self.post_attention_layernorm(x)  # [B, T, D]
+        return x + self.mlp(read)  # [B, T, D]
