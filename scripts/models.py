@@ -61,12 +61,27 @@ def check_device(name):
         raise InputError(f"device {name!r}: {reason}") from error
 
 
-def load(args):
+def load_transformers(folder, dtype, device):
+    """The folder's model as transformers builds it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto"
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"transformers refuses {folder}: {reason}") from error
+    return model.to(device)
+
+
+def load(args, transformers=False):
     """(model in evaluation mode, tokenizer) as `add_model_options` says."""
     check_device(args.device)
     folder = find_pretrained(args.model)
     tokenizer = load_tokenizer(folder)
-    model = load_pretrained(folder, DTYPES[args.dtype], args.device)
+    loader = load_transformers if transformers else load_pretrained
+    model = loader(folder, DTYPES[args.dtype], args.device)
     V = model.config.vocab_size
     require(
         len(tokenizer) <= V,

@@ -1,0 +1,119 @@
+"""Score a model on HellaSwag: three accuracies, each with its standard error.
+
+python scripts/evaluate.py
+python scripts/evaluate.py --model RUN/model --hellaswag Rowan/hellaswag
+python scripts/evaluate.py --hellaswag FILE --limit 200 --predictions a.jsonl
+python scripts/evaluate.py --hellaswag FILE --limit 200 --compare a.jsonl
+"""
+
+import time
+from pathlib import Path
+
+from cli import Parser, run
+from models import add_model_options, load
+
+from llama_tut.config import require
+from llama_tut.hellaswag import (
+    accuracy,
+    mcnemar,
+    read_examples,
+    read_predictions,
+    score,
+    write_predictions,
+)
+
+ROWS = {
+    "sum": ("acc", "largest sum of log-probabilities"),
+    "char": ("acc_norm", "largest mean a character"),
+    "token": ("acc_token", "largest mean a token"),
+}
+
+
+def build_parser():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add_model_options(parser)
+    add = parser.add_argument
+    add(
+        "--hellaswag",
+        metavar="FILE",
+        help="a jsonl file, or Rowan/hellaswag for the published 10,042; "
+        "None: the 48 examples of the package",
+    )
+    add("--limit", type=int, help="only the first so many examples")
+    add("--batch-size", type=int, default=16, help="examples a pass")
+    add("--predictions", metavar="OUT", type=Path, help="write them as jsonl")
+    add("--compare", metavar="FILE", type=Path, help="McNemar's test with it")
+    add(
+        "--four-rows",
+        action="store_true",
+        help="a row for each ending, as the harness does it (slower)",
+    )
+    add(
+        "--transformers",
+        action="store_true",
+        help="let transformers compute the model, not llama_tut",
+    )
+    return parser
+
+
+def check(args):
+    """Find bad options before the model is loaded."""
+    require(args.batch_size >= 1, "--batch-size must be 1 or more")
+    out = args.predictions
+    if out is not None:
+        require(not out.is_dir(), f"--predictions {out} is a folder")
+        require(
+            out.absolute().parent.is_dir(),
+            f"--predictions {out}: there is no folder {out.parent}",
+        )
+
+
+def report(name, predictions, seconds):
+    """Print what came out."""
+    n = len(predictions)
+    print(f"{name}: {n:,} examples, {n / seconds:.1f} a second")
+    for kind, (title, meaning) in ROWS.items():
+        a, error = accuracy(predictions, kind)
+        print(f"{title:9} {a:.4f} +- {error:.4f}   {meaning}")
+
+
+def compare(predictions, path, other):
+    """Print McNemar's test for each of the three scores."""
+    print(f"against {path}:")
+    for kind, (title, _) in ROWS.items():
+        b, c, p = mcnemar(predictions, other, kind)
+        same = sum(
+            x[f"pred_{kind}"] == y[f"pred_{kind}"]
+            for x, y in zip(predictions, other, strict=True)
+        )
+        print(
+            f"{title:9} right here only {b}, there only {c}, p {p:.3f}; "
+            f"{same} of {len(other)} predictions are the same"
+        )
+
+
+def main():
+    args = build_parser().parse_args()
+    check(args)
+    examples = read_examples(args.hellaswag, args.limit)
+    other = read_predictions(args.compare) if args.compare else None
+    model, tokenizer = load(args, transformers=args.transformers)
+    start = time.perf_counter()
+    predictions = score(
+        model,
+        tokenizer,
+        examples,
+        args.batch_size,
+        packed=False if args.four_rows else None,
+        progress=True,
+    )
+    seconds = time.perf_counter() - start
+    report(args.model or "SmolLM2-135M-Instruct", predictions, seconds)
+    if args.predictions:
+        write_predictions(args.predictions, predictions)
+    if other:
+        compare(predictions, args.compare, other)
+
+
+if __name__ == "__main__":
+    run(main)
