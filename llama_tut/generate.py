@@ -1,14 +1,14 @@
 # From notebooks/10_generate.ipynb by scripts/export.py: edit the notebook.
 """Generation: a key/value cache, sampling, and the loop that uses them.
 
-Letters: B batch, T tokens in one call, S tokens so far (the keys), K kv
-heads, C head_dim, D hidden_size, V vocabulary, L layers.
+Letters: B batch, T tokens of one call, S tokens so far (the keys), K kv
+heads, C head_dim, D hidden_size, V vocabulary, N new tokens.
 """
 
 import torch
 from torch.nn import functional as F
 
-from llama_tut.config import InputError
+from llama_tut.config import require
 
 # The cache
 
@@ -17,7 +17,7 @@ class LayerCache:
     """Keys and values of one layer, in memory that is taken once.
 
     Args:
-        shape: (B, K, capacity, C), the room for keys and as much for values.
+        shape: (B, K, capacity, C), for the keys and again for the values.
     """
 
     def __init__(self, shape, dtype=None, device=None):
@@ -29,14 +29,12 @@ class LayerCache:
         """Append k, v [B, K, T, C] -> views of all so far, [B, K, S, C].
 
         Raises:
-            InputError: the cache is full.
+            ValueError: the cache is full.
         """
         start, end = self.length, self.length + k.shape[2]
         if end > self.keys.shape[2]:
             room = self.keys.shape[2]
-            raise InputError(
-                f"the cache has room for {room} tokens, not {end}"
-            )
+            raise ValueError(f"the cache holds {room} tokens, not {end}")
         self.keys[:, :, start:end] = k
         self.values[:, :, start:end] = v
         self.length = end
@@ -49,16 +47,12 @@ class KVCache(list):
     Args:
         config: a `LlamaConfig`.
         batch_size: B.
-        capacity: the largest number of tokens a row may have.
+        capacity: the largest number of tokens that a row may reach.
     """
 
     def __init__(self, config, batch_size, capacity, dtype=None, device=None):
-        shape = (
-            batch_size,
-            config.num_key_value_heads,
-            capacity,
-            config.head_dim,
-        )
+        heads, width = config.num_key_value_heads, config.head_dim
+        shape = (batch_size, heads, capacity, width)
         layers = range(config.num_hidden_layers)
         super().__init__(LayerCache(shape, dtype, device) for _ in layers)
 
@@ -67,8 +61,9 @@ class KVCache(list):
         """S: the number of tokens held so far."""
         return self[0].length
 
+    @property
     def nbytes(self):
-        """The bytes of memory that all layers take."""
+        """The bytes of memory that all layers take together."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self)
 
 
@@ -76,7 +71,7 @@ class KVCache(list):
 
 
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
-    """The distribution to draw from: temperature, then top-k, then top-p.
+    """What to draw from, after temperature, then top-k, then top-p.
 
     Args:
         logits: [B, V].
@@ -89,6 +84,8 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         float32 [B, V], each row with sum 1.
     """
     p = (logits.float() / temperature).softmax(-1)  # [B, V]
+    if top_k is None and top_p is None:
+        return p  # [B, V]
     order = p.argsort(dim=-1, descending=True, stable=True)  # [B, V]
     ranked = p.gather(-1, order)  # [B, V]
     if top_k is not None:
@@ -96,7 +93,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         ranked = ranked / ranked.sum(-1, keepdim=True)  # [B, V]
     if top_p is not None:
         before = ranked.cumsum(-1) - ranked  # [B, V]
-        ranked = ranked.masked_fill(before >= top_p, 0)  # [B, V]
+        ranked = ranked * (before < top_p)  # [B, V]
     ranked = ranked / ranked.sum(-1, keepdim=True)  # [B, V]
     return torch.zeros_like(p).scatter(-1, order, ranked)  # [B, V]
 
@@ -104,7 +101,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
     """The next token of each row: logits [B, V] -> ids [B].
 
-    Temperature 0 takes the likeliest token (greedy).
+    Temperature 0 takes the likeliest token.
     """
     if temperature == 0:
         return logits.argmax(-1)  # [B]
@@ -118,7 +115,7 @@ def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
 def left_pad(prompts, pad_id=0):
     """Lists of ids -> input_ids [B, T], attention_mask [B, T] (True: token).
 
-    The padding stands on the left, so that every row ends in its last token.
+    The padding stands on the left, so that each row ends in its last token.
     """
     T = max(map(len, prompts))
     rows = [[pad_id] * (T - len(p)) + list(p) for p in prompts]
@@ -133,19 +130,19 @@ def padded_positions(attention_mask, start=0):
         attention_mask: [B, S], True where a token stands, False at padding.
 
     Returns:
-        position_ids [B, T] that count tokens only, and the mask [B, 1, T, S].
-        Padding reads itself: a row with nothing to read has no softmax.
+        position_ids [B, T], which count tokens only, and the mask
+        [B, 1, T, S], True where the query may read. Padding reads itself.
     """
     S = attention_mask.shape[1]
-    counted = attention_mask.cumsum(1) - 1  # [B, S]
+    counted = (attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
     keys = torch.arange(S, device=attention_mask.device)  # [S]
     queries = keys[start:, None]  # [T, 1]
-    mask = (keys <= queries) & attention_mask[:, None, None, :]  # [B, 1, T, S]
+    mask = (keys <= queries) & attention_mask[:, None, None]  # [B, 1, T, S]
     mask = mask | (keys == queries)  # [B, 1, T, S]
-    return counted.clamp(min=0)[:, start:], mask
+    return counted[:, start:], mask  # [B, T], [B, 1, T, S]
 
 
-# The loop
+# One step
 
 
 def next_logits(model, input_ids, cache, attention_mask=None):
@@ -153,47 +150,60 @@ def next_logits(model, input_ids, cache, attention_mask=None):
 
     Args:
         input_ids: [B, T], the tokens that the cache does not hold yet.
-        attention_mask: None, or [B, S] of all tokens so far (see `left_pad`).
+        attention_mask: None, or [B, at least S] of all tokens (`left_pad`).
     """
     position_ids = mask = None
     if attention_mask is not None:
-        end = cache.length + input_ids.shape[1]
-        position_ids, mask = padded_positions(
-            attention_mask[:, :end], cache.length
-        )  # [B, T], [B, 1, T, S]
+        start, end = cache.length, cache.length + input_ids.shape[1]
+        position_ids, mask = padded_positions(attention_mask[:, :end], start)
     hidden = model.model(input_ids, position_ids, mask, cache)  # [B, T, D]
     return F.linear(hidden[:, -1], model.output_weight)  # [B, V]
 
 
-def check_request(
-    config, input_ids, max_new_tokens, temperature, top_k, top_p
-):
-    """Refuse what cannot be generated.
+# Refuse what cannot work
+
+
+def check_request(config, input_ids, new=1):
+    """Refuse a prompt that cannot be continued by `new` tokens.
 
     Raises:
-        InputError: an empty prompt, one that leaves no room for the new
-            tokens, ids outside the vocabulary, sampling options out of range.
+        InputError: it is empty, leaves no room in the context, or has ids
+            outside the vocabulary.
     """
-    B, T = input_ids.shape
-    room = config.max_position_embeddings
-    if T == 0 or B == 0:
-        raise InputError("the prompt is empty: give at least one token")
-    if T + max_new_tokens > room:
-        raise InputError(
-            f"{T} tokens of prompt and {max_new_tokens} new ones do not fit "
-            f"into the model's context of {room}: shorten one of them"
-        )
-    if input_ids.min() < 0 or input_ids.max() >= config.vocab_size:
-        raise InputError(
-            f"token {input_ids.max()} is outside the vocabulary of "
-            f"{config.vocab_size}: does the tokenizer belong to this model?"
-        )
-    if temperature < 0:
-        raise InputError(f"temperature {temperature}: must be 0 or more")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k {top_k}: must be 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p {top_p}: must be above 0 and at most 1")
+    require(input_ids.numel() > 0, "the prompt is empty: give some text")
+    require(new >= 0, f"{new} new tokens: must be 0 or more")
+    T, room = input_ids.shape[1], config.max_position_embeddings
+    require(
+        T + new <= room,
+        f"{T} tokens of prompt and {new} new ones do not fit into the "
+        f"model's context of {room}: shorten the prompt or ask for fewer",
+    )
+    low, high = input_ids.min().item(), input_ids.max().item()
+    require(
+        0 <= low and high < config.vocab_size,
+        f"the prompt has tokens {low} to {high}, the model has "
+        f"{config.vocab_size}: does the tokenizer belong to it?",
+    )
+
+
+def check_sampling(temperature=0.0, top_k=None, top_p=None, generator=None):
+    """Refuse options of `choose` that are out of range (InputError)."""
+    require(temperature >= 0, f"temperature {temperature}: must be 0 or more")
+    require(top_k is None or top_k >= 1, f"top_k {top_k}: must be 1 or more")
+    require(
+        top_p is None or 0 < top_p <= 1,
+        f"top_p {top_p}: must be above 0 and at most 1",
+    )
+
+
+# The loop
+
+
+def prefill(model, input_ids, cache, chunk_size=None, attention_mask=None):
+    """Fill the cache with the prompts [B, T] -> logits behind them [B, V]."""
+    for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
+        logits = next_logits(model, chunk, cache, attention_mask)
+    return logits
 
 
 @torch.no_grad()
@@ -201,81 +211,79 @@ def stream(
     model,
     input_ids,
     max_new_tokens=100,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    generator=None,
     stop_tokens=(),
     chunk_size=None,
     attention_mask=None,
+    **sampling,
 ):
-    """Yield the new tokens, ids [B] at a time; arguments as `generate`."""
-    check_request(
-        model.config, input_ids, max_new_tokens, temperature, top_k, top_p
-    )
+    """Yield the new tokens, ids [B] at a time; options as in `generate`."""
     (B, T), device = input_ids.shape, input_ids.device
-    room = T + max_new_tokens
+    check_request(model.config, input_ids, max_new_tokens)
+    check_sampling(**sampling)
     if attention_mask is not None:
-        attention_mask = F.pad(
-            attention_mask.bool(), (0, room - T), value=True
-        )
-    cache = KVCache(model.config, B, room, model.output_weight.dtype, device)
-    for chunk in input_ids.split(chunk_size or T, dim=1):
-        logits = next_logits(model, chunk, cache, attention_mask)  # [B, V]
+        new = attention_mask.new_ones(B, max_new_tokens)
+        attention_mask = torch.cat([attention_mask, new], dim=1).bool()
+    room, dtype = T + max_new_tokens, model.output_weight.dtype
+    cache = KVCache(model.config, B, room, dtype, device)
+    logits = prefill(model, input_ids, cache, chunk_size, attention_mask)
+    tokens, ended = input_ids[:, -1], input_ids.new_zeros(B).bool()
     stops = torch.tensor(list(stop_tokens), dtype=torch.long, device=device)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)  # [B]
-    tokens = input_ids[:, -1]  # [B]
-    for step in range(max_new_tokens):
-        if step > 0:
-            logits = next_logits(model, tokens[:, None], cache, attention_mask)
-        chosen = choose(logits, temperature, top_k, top_p, generator)  # [B]
-        tokens = torch.where(ended, tokens, chosen)  # [B]
+    for left in reversed(range(max_new_tokens)):
+        tokens = torch.where(ended, tokens, choose(logits, **sampling))
         yield tokens
-        ended = ended | torch.isin(tokens, stops)  # [B]
-        if len(stops) and ended.all():
+        ended = ended | torch.isin(tokens, stops)
+        if left == 0 or (len(stops) > 0 and ended.all()):
             return
+        logits = next_logits(model, tokens[:, None], cache, attention_mask)
 
 
-def generate(
-    model,
-    input_ids,
-    max_new_tokens=100,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    generator=None,
-    stop_tokens=(),
-    chunk_size=None,
-    attention_mask=None,
-):
+def generate(model, input_ids, max_new_tokens=100, **options):
     """Continue each row: input_ids [B, T] -> ids [B, T + new].
 
     Args:
-        model: a `LlamaForCausalLM`.
         max_new_tokens: the most tokens to add. Fewer come when every row has
-            met a stop token; a row that met one earlier repeats it.
-        temperature: 0 takes the likeliest token, above 0 samples.
+            met a stop token.
+        temperature: 0 (the default) takes the likeliest token, above 0
+            samples.
         top_k, top_p: keep the likeliest tokens only, see `probabilities`.
-        generator: a `torch.Generator` that makes the samples repeatable.
-        stop_tokens: ids that end a row.
-        chunk_size: run the prompt in pieces of so many tokens.
-        attention_mask: [B, T], False at padding, which must be on the left
-            (`left_pad` makes both).
+        generator: a `torch.Generator`, which makes samples repeatable.
+        stop_tokens: ids that end a row; a row that has ended repeats its own.
+        chunk_size: tokens of the prompt in one pass (None: all).
+        attention_mask: [B, T], False at padding, which must stand on the
+            left (`left_pad` makes both).
 
     Raises:
-        InputError: see `check_request`.
+        InputError: see `check_request` and `check_sampling`.
     """
-    tokens = stream(
-        model,
-        input_ids,
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        generator,
-        stop_tokens,
-        chunk_size,
-        attention_mask,
-    )
-    new = [t[:, None] for t in tokens]
-    return torch.cat([input_ids, *new], dim=1)  # [B, T+N]
+    tokens = stream(model, input_ids, max_new_tokens, **options)
+    return torch.cat([input_ids, *(t[:, None] for t in tokens)], dim=1)
+
+
+# From tokens to text
+
+
+def text_pieces(tokenizer, tokens, before=()):
+    """Yield the text that each token adds; "" while a character is unfinished.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        tokens: ids, one by one.
+        before: the ids of the prompt; their text is not repeated. Some
+            tokenizers drop the space in front of a text's first word.
+    """
+
+    def decode(ids):
+        return tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    ids = list(before)
+    shown = len(decode(ids))
+    for token in tokens:
+        ids.append(int(token))
+        text = decode(ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield ""
+        else:
+            yield text[shown:]
+            shown = len(text)

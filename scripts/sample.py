@@ -13,7 +13,12 @@ from cli import Parser, run
 from models import add_model_options, load
 
 from llama_tut.config import require
-from llama_tut.generate import check_request, stream, text_pieces
+from llama_tut.generate import (
+    check_request,
+    check_sampling,
+    stream,
+    text_pieces,
+)
 
 
 def build_parser():
@@ -62,22 +67,23 @@ def main():
         value = getattr(args, name)
         option = "--" + name.replace("_", "-")
         require(value is None or value >= 1, f"{option} must be 1 or more")
+    check_sampling(args.temperature, args.top_k, args.top_p)
     model, tokenizer = load(args)
     ids = encode(tokenizer, args.prompt, args.chat).to(args.device)
-    sampling = (args.temperature, args.top_k, args.top_p)
     room = model.config.max_position_embeddings - ids.shape[1]
     new = args.max_new_tokens or max(1, min(100, room))
-    check_request(model.config, ids, new, *sampling)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    check_request(model.config, ids, new)
     start, count = time.perf_counter(), 0
     tokens = stream(
         model,
         ids,
-        new,
-        *sampling,
-        generator=generator,
+        max_new_tokens=new,
         stop_tokens=stop_tokens(model.config, tokenizer),
         chunk_size=args.chunk_size,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        generator=torch.Generator(args.device).manual_seed(args.seed),
     )
     if not args.chat:
         print(args.prompt, end="", flush=True)

@@ -85,7 +85,9 @@ def test_greedy_text_is_that_of_generate(folder):
     tokenizer = byte_tokenizer()
     ids = torch.tensor([tokenizer("To be").input_ids])
     model = load_pretrained(folder)
-    new = generate(model, ids, 20, stop_tokens=[256])[0, 5:].tolist()
+    new = generate(model, ids, max_new_tokens=20, stop_tokens=[256])[
+        0, 5:
+    ].tolist()
     command = [sys.executable, ROOT / "scripts/sample.py", "--model", folder]
     command += ["--prompt", "To be", "--max-new-tokens", "20", "--stats"]
     command += ["--temperature", "0"]
