@@ -316,16 +316,16 @@ def read_documents(path):
 FEW = 100
 
 
-def hash_share(text, share):
-    """Whether a hash of the text falls into a share of all hashes."""
+def hash_place(text):
+    """A hash of the text as a number from 0 to 1."""
     hashed = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(hashed, "big") < share * 2**64
+    return int.from_bytes(hashed, "big") / 2**64
 
 
 def by_hash(read, share):
     """Documents -> (split, text): each on one side."""
     for text in read():
-        yield "val" if hash_share(text, share) else "train", text
+        yield "val" if hash_place(text) <= share else "train", text
 
 
 def by_tail(read, share):
@@ -362,6 +362,8 @@ def split_corpus(source, readers, share):
     if not first:
         raise InputError("the corpus has no text in it")
     rule = by_tail if len(first) < FEW else by_hash
+    if rule is by_hash:  # at least one of these is held out
+        share = max(share, min(map(hash_place, first)))
     return Corpus(source, [partial(rule, read, share) for read in readers])
 
 
@@ -520,7 +522,7 @@ def split_by_module(documents, share=0.04, overlap=0.1):
     """(name, text) -> (split, text), without leaks from train to val."""
     sides = {False: [], True: []}
     for name, text in documents:
-        sides[hash_share(name, share)].append(text)
+        sides[hash_place(name) < share].append(text)
     train, val = sides[False], [(t, windows(t)) for t in sides[True]]
     wanted = set().union(*(own for _, own in val))
     known = set()
@@ -1102,7 +1104,9 @@ def describe(folder, settings, corpus, key, known):
     """Measure the floors and write dataset.json."""
     for split in ("train", "val"):
         if known[f"{split}_tokens"] < 2:
-            raise InputError(f"the corpus leaves no {split} text: add some")
+            raise InputError(
+                f"no {split} text: add some, or raise max_tokens or val_share"
+            )
     train, val = (first_tokens(folder, split) for split in ("train", "val"))
     sums = [read_header(p).checksum for p in sorted(folder.glob("*.bin"))]
     names = [corpus] if isinstance(corpus, str | Path) else corpus
@@ -1149,6 +1153,8 @@ def claim_folder(folder, key):
             )
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    for half_written in folder.rglob("*.tmp"):
+        half_written.unlink()
     write_atomic(note, key.encode())
 
 
