@@ -35,7 +35,7 @@ def tidy(nb, stem):
         },
         "language_info": {"name": "python"},
     }
-    name = stem.split("_", 1)[1]
+    name = stem.split("_", 1)[-1]
     for number, cell in enumerate(nb.cells, 1):
         cell.id = f"{name}-{number:02d}"
         cell.metadata = {

@@ -6,15 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "book/intro.md", "book/pretraining.md"]
+PAGES = ["README.md", "book/intro.md", "book/pretraining.ipynb"]
+
+
+def read(page):
+    """The text of a page; of a notebook, its prose."""
+    if page.endswith(".md"):
+        return (ROOT / page).read_text()
+    cells = nbformat.read(ROOT / page, as_version=4).cells
+    return "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
 
 
 def commands(page):
     """Each command in the page's shell blocks, as words, variables left out."""
-    text = (ROOT / page).read_text()
+    text = read(page)
     found = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
@@ -80,6 +89,6 @@ def test_every_option_exists(options):
 def test_every_file_that_is_named_exists():
     for page in [*PAGES, "CONTRIBUTING.md"]:
         folder = (ROOT / page).parent
-        for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+        for link in re.findall(r"\]\(([^)#]+)\)", read(page)):
             if not re.match(r"[a-z]+:", link):
                 assert (folder / link).exists(), (page, link)
