@@ -36,6 +36,19 @@ def clean(text):
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
+def check_record(record, texts):
+    """Refuse a dictionary that is no example (InputError)."""
+    missing = [n for n in [*texts, "endings", "label"] if n not in record]
+    require(not missing, f"{', '.join(missing)} missing")
+    for name in texts:
+        require(isinstance(record[name], str), f"{name} is no text")
+    endings, label = record["endings"], str(record["label"])
+    require(isinstance(endings, list), "endings is no list")
+    require(len(endings) == 4, f"{len(endings)} endings, must be 4")
+    require(all(isinstance(e, str) and e for e in endings), "an empty ending")
+    require(label in list("0123"), f"label {label!r}, not 0 to 3")
+
+
 def make_example(index, record):
     """An Example from one dictionary of the data set.
 
@@ -46,22 +59,13 @@ def make_example(index, record):
     Raises:
         InputError: a field is missing, or there are not four endings.
     """
-    joined = "ctx_a" not in record
-    needed = ["activity_label", "endings", "label"]
-    needed += ["ctx"] if joined else ["ctx_b"]
-    missing = [name for name in needed if name not in record]
-    require(not missing, f"{', '.join(missing)} missing")
-    endings, label = record["endings"], str(record["label"])
-    require(len(endings) == 4, f"{len(endings)} endings, must be 4")
-    require(all(isinstance(e, str) and e for e in endings), "an empty ending")
-    require(
-        label in "0123" and len(label) == 1, f"label {label!r}, not 0 to 3"
-    )
-    context = record["ctx"] if joined else record["ctx_a"]
-    if not joined:
-        context += " " + record["ctx_b"].capitalize()
+    parts = ["ctx_a", "ctx_b"] if "ctx_a" in record else ["ctx"]
+    check_record(record, ["activity_label", *parts])
+    first, *second = [record[name] for name in parts]
+    context = " ".join([first, *(text.capitalize() for text in second)])
     context = clean(record["activity_label"] + ": " + context)
-    return Example(index, context, tuple(map(clean, endings)), int(label))
+    endings = tuple(map(clean, record["endings"]))
+    return Example(index, context, endings, int(record["label"]))
 
 
 # Reading a file
@@ -154,33 +158,50 @@ def encode(tokenizer, example):
 # Four rows
 
 
+def fill(rows, device):
+    """Lists of ids -> one tensor [B, T], filled with 0 on the right."""
+    T = max(map(len, rows))
+    filled = [row + [0] * (T - len(row)) for row in rows]
+    return torch.tensor(filled, device=device)  # [B, T]
+
+
+def cut_rows(pairs, limit=None):
+    """Context and ending without its last token, at most `limit` tokens.
+
+    Raises:
+        InputError: an ending alone exceeds the limit.
+    """
+    longest = max(len(ending) for _, ending in pairs)
+    require(
+        limit is None or longest <= limit,
+        f"an ending has {longest} tokens, the model's context only {limit}",
+    )
+    return [(c + e)[:-1][-(limit or len(c + e)) :] for c, e in pairs]
+
+
 @torch.no_grad()
 def score_rows(model, items, limit=None):
     """Sums of log-probabilities, one row for each ending.
 
     Args:
         model: ours, or a transformers model; called with ids [B, T].
-        items: pairs (context, endings) of ids, see `encode`.
+        items: pairs (context, four endings) of ids, see `encode`.
         limit: the model's context; longer rows lose tokens on the left.
 
     Returns:
-        A list of sums for each item.
+        A list of four sums for each item.
     """
-    pairs = [(c, e) for c, endings in items for e in endings]
-    rows = [(c + e)[:-1] for c, e in pairs]
-    rows = [row if limit is None else row[-limit:] for row in rows]
-    T = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
     device = next(model.parameters()).device
-    out = model(ids.to(device))
+    pairs = [(c, e) for c, endings in items for e in endings]
+    rows = cut_rows(pairs, limit)
+    out = model(fill(rows, device))
     logits = getattr(out, "logits", out)  # [4*B, T, V]
     sums = []
     for row, (_, ending), logit in zip(rows, pairs, logits, strict=True):
         tail = logit[len(row) - len(ending) : len(row)].float()
         target = torch.tensor(ending, device=device)
         sums.append(-F.cross_entropy(tail, target, reduction="sum").item())
-    sums = iter(sums)
-    return [[next(sums) for _ in endings] for _, endings in items]
+    return [sums[i : i + 4] for i in range(0, len(sums), 4)]
 
 
 # The context once

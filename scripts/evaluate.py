@@ -97,6 +97,12 @@ def main():
     check(args)
     examples = read_examples(args.hellaswag, args.limit)
     other = read_predictions(args.compare) if args.compare else None
+    require(
+        other is None
+        or [(p["index"], p["label"]) for p in other]
+        == [(e.index, e.label) for e in examples],
+        f"{args.compare} is about other examples than these",
+    )
     model, tokenizer = load(args, transformers=args.transformers)
     start = time.perf_counter()
     predictions = score(

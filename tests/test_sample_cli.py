@@ -4,81 +4,23 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from small_model import ROOT, byte_tokenizer, caller, refused, save_small_model
 
-from llama_tut.config import LlamaConfig
 from llama_tut.generate import generate
-from llama_tut.model import LlamaForCausalLM
-from llama_tut.weights import load_pretrained, save_pretrained
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def byte_tokenizer():
-    """256 bytes and an end of text: a tokenizer that needs no training."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(letters)}
-    core = Tokenizer(models.BPE(vocabulary, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+from llama_tut.weights import load_pretrained
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small random model with a tokenizer, as a Hugging Face folder."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=256,
-    )
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-    out = tmp_path_factory.mktemp("model") / "small"
-    save_pretrained(model, out, byte_tokenizer())
-    return out
+    return save_small_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.fixture
 def sample(monkeypatch, capsys):
-    """Call the script in this process: (exit code, stdout, stderr)."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import cli
-    import sample
-
-    def call(*options):
-        argv = ["sample.py", *map(str, options)]
-        monkeypatch.setattr(sys, "argv", argv)
-        code = 0
-        try:
-            cli.run(sample.main)
-        except SystemExit as end:
-            code = end.code
-        return (code, *capsys.readouterr())
-
-    return call
-
-
-def refused(result, *words):
-    """Exit code 2, one line on stderr with these words, nothing else."""
-    code, out, err = result
-    assert code == 2 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    for word in words:
-        assert word in err
+    return caller("sample", monkeypatch, capsys)
 
 
 def test_greedy_text_is_that_of_generate(folder):

@@ -1,0 +1,72 @@
+"""A small random model with a tokenizer, and a way to call scripts in this process."""
+
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llama_tut.config import LlamaConfig
+from llama_tut.model import LlamaForCausalLM
+from llama_tut.weights import save_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def byte_tokenizer():
+    """256 bytes and an end of text: a tokenizer that needs no training."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+
+
+def save_small_model(folder):
+    """Write a Hugging Face folder with a model of two blocks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=256,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_pretrained(model, folder, byte_tokenizer())
+    return folder
+
+
+def caller(name, monkeypatch, capsys):
+    """A function that calls scripts/NAME.py: (exit code, stdout, stderr)."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    cli, script = __import__("cli"), __import__(name)
+
+    def call(*options):
+        argv = [f"{name}.py", *map(str, options)]
+        monkeypatch.setattr(sys, "argv", argv)
+        code = 0
+        try:
+            cli.run(script.main)
+        except SystemExit as end:
+            code = end.code
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def refused(result, *words):
+    """Exit code 2, one line on stderr with these words, nothing else."""
+    code, out, err = result
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err
