@@ -60,8 +60,13 @@ def attend_block(q, k, v, mask=None):
 # Blocks: do not compute the future
 
 
+def join(pieces):
+    """Tensors [..., t, C] of some lengths t in a row; one is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
 def attend(q, k, v, mask=None):
-    """Scaled dot product attention with shared keys that are never copied.
+    """Scaled dot product attention; shared keys are never repeated.
 
     Args:
         q: queries, [B, H, T, C]: the last T of S tokens.
@@ -79,18 +84,24 @@ def attend(q, k, v, mask=None):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )  # [B, H, T, C]
-    if mask is not None:
-        mask = mask.broadcast_to(B, 1, T, S)  # [B, 1, T, S]
     q = q * C**-0.5  # [B, H, T, C]
-    size = max(64, -(-T // 8))  # rows of a block: at most 8 blocks
-    blocks = []
-    for start in range(0, T, size):
-        stop = min(start + size, T)
-        end = S - T + stop if mask is None else S
-        part = None if mask is None else mask[:, :, start:stop]
-        block = (q[:, :, start:stop], k[:, :, :end], v[:, :, :end], part)
-        blocks.append(attend_block(*block))
-    return torch.cat(blocks, dim=2)  # [B, H, T, C]
+    size = max(32, -(-T // 8))  # rows of a block: at most 8 blocks
+    rows = q.split(size, dim=2)
+    if mask is not None:
+        masks = mask.broadcast_to(B, 1, T, S).split(size, dim=2)
+        blocks = [
+            attend_block(block, k, v, part)
+            for block, part in zip(rows, masks, strict=True)
+        ]
+    else:
+        ends = [block.shape[2] for block in rows]
+        ends[0] += S - T  # the first piece holds the earlier tokens too
+        keys, values = k.split(ends, dim=2), v.split(ends, dim=2)
+        blocks = [
+            attend_block(block, join(keys[:i]), join(values[:i]))
+            for i, block in enumerate(rows, start=1)
+        ]
+    return join(blocks)  # [B, H, T, C]
 
 
 # The class
