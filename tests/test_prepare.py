@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -179,8 +180,11 @@ def test_kill_9_and_go_on(corpus, tmp_path):
         if (parts / "train_00003.bin").exists() or process.poll() is not None:
             break
         time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert workers and not alive, "workers outlive their parent"
     assert parts.exists() != out.exists()
     for name in (out, tmp_path / "whole"):
         subprocess.run([*command, "--out", name], check=True)
