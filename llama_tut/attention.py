@@ -80,7 +80,8 @@ def attend(q, k, v, mask=None):
     B, _, T, C = q.shape
     S = k.shape[2]
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.is_cuda and half and mask is None and T == S:
+    fused = half if q.is_cuda else not (half or torch.is_grad_enabled())
+    if fused and mask is None and T == S:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )  # [B, H, T, C]

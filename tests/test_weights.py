@@ -568,7 +568,7 @@ def test_a_cast_adds_no_more_than_one_tensor():
 
 @pytest.fixture(scope="module")
 def real():
-    """(ours, transformers', ids [1, 1024] of real text)."""
+    """(ours, transformers', ids [1, 2048] of real text)."""
     folder = find_pretrained()
     auto = transformers.AutoModelForCausalLM
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -579,8 +579,8 @@ def real():
         for _, member in sorted(vars(module).items())
         if callable(member) and inspect.getdoc(member)
     )
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, :1024]
-    assert ids.shape == (1, 1024)
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :2048]
+    assert ids.shape == (1, 2048)
     return load_pretrained(folder), auto.from_pretrained(folder), ids
 
 
