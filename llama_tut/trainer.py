@@ -1,9 +1,8 @@
 # From notebooks/16_trainer.ipynb by scripts/export.py: edit the notebook.
-"""Trainer: options, presets, a memory plan, and the loop that trains.
+"""Trainer: options, presets, a plan of memory, and the loop that trains.
 
 Letters: B batch, T time, D hidden_size, H heads, K kv heads, C head_dim,
-I intermediate_size, V vocabulary, L layers, W ranks, N parameters, M rows of
-an epoch.
+I intermediate_size, V vocabulary, L layers, W ranks, N parameters.
 """
 
 import fcntl
@@ -15,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -36,8 +35,10 @@ from llama_tut.checkpoint import (
 from llama_tut.config import InputError, LlamaConfig, RopeScaling, option
 from llama_tut.distributed import (
     Ranks,
+    broadcast_object,
     mean_over_ranks,
     micro_step_sync,
+    rehearse,
     shared_errors,
     start,
     stop,
@@ -45,11 +46,9 @@ from llama_tut.distributed import (
     wrap,
 )
 from llama_tut.generate import generate
+from llama_tut.hellaswag import accuracy, read_examples, score
 from llama_tut.loader import ShardLoader
-from llama_tut.model import (
-    LlamaForCausalLM,
-    initialize,
-)
+from llama_tut.model import LlamaForCausalLM, initialize
 from llama_tut.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -63,12 +62,12 @@ from llama_tut.tokens import (
 )
 from llama_tut.weights import save_pretrained
 
-# Options
+# Options: one place
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every option of a run: its name, its default and a sentence."""
+    """Every option of a run. Raises InputError for a value that cannot be."""
 
     data: str = option("", "folder with tokens, made by scripts/prepare.py")
     out: str = option("", "folder of this run")
@@ -95,11 +94,13 @@ class TrainConfig:
     compile: bool = option(False, "compile the model, if a compiler is here")
     vocab_multiple: int = option(1, "round V up to a multiple of this")
     eval_every: int = option(0, "steps between validations (0: at the end)")
-    eval_rows: int = option(256, "rows of the validation text to measure")
+    eval_rows: int = option(256, "rows of validation text to measure")
+    hellaswag: str = option("", "also measure it: own, a jsonl file or hub id")
+    hellaswag_limit: int = option(200, "examples of it to measure")
     samples: int = option(2, "texts to write at the end")
     sample_tokens: int = option(100, "tokens of each text")
     prompt: str = option("", "how the texts begin")
-    checkpoint_every: int = option(0, "steps between checkpoints (0: end)")
+    checkpoint_every: int = option(0, "steps between checkpoints (0: at end)")
     keep_checkpoints: int = option(3, "how many of them to keep")
     model: dict = field(
         default_factory=dict, metadata={"help": "fields of LlamaConfig"}
@@ -125,6 +126,7 @@ LIMITS = {
     "vocab_multiple": (1, 2**20),
     "eval_every": (0, math.inf),
     "eval_rows": (1, math.inf),
+    "hellaswag_limit": (1, math.inf),
     "samples": (0, 1000),
     "sample_tokens": (1, math.inf),
     "checkpoint_every": (0, math.inf),
@@ -133,10 +135,7 @@ LIMITS = {
 
 
 def check_options(config):
-    """Refuse values that no run can have, by the option's name.
-
-    Raises: InputError.
-    """
+    """Refuse values that no run can have, by the option's name."""
     for name, (low, high) in LIMITS.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
@@ -160,37 +159,26 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-# Presets
+# Presets: rows of a table
+
+
+def llama_shape(D, I, L, H, **others):
+    """Options of a model, by the letters."""
+    return {
+        "hidden_size": D,
+        "intermediate_size": I,
+        "num_hidden_layers": L,
+        "num_attention_heads": H,
+        **others,
+    }
+
 
 SHAPES = {
-    "1m": dict(
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "124m": dict(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        tie_word_embeddings=True,
-    ),
-    "350m": dict(
-        hidden_size=1024,
-        intermediate_size=2688,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        tie_word_embeddings=True,
-    ),
-    "8b": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        rope_theta=500_000.0,
+    "1m": llama_shape(128, 352, 4, 2, tie_word_embeddings=True),
+    "124m": llama_shape(768, 2048, 12, 12, tie_word_embeddings=True),
+    "350m": llama_shape(1024, 2688, 24, 16, tie_word_embeddings=True),
+    "8b": llama_shape(
+        4096, 14336, 32, 32, num_key_value_heads=8, rope_theta=500_000.0
     ),
 }
 
@@ -216,7 +204,7 @@ def preset(name):
     full_size = name != "laptop"
     return {
         "preset": name,
-        "dtype": "bfloat16" if full_size else "auto",
+        "dtype": "bfloat16" if full_size else "float32",
         "compile": full_size,
         "vocab_multiple": 128 if full_size else 1,
         "model": SHAPES[row.pop("shape")],
@@ -226,15 +214,11 @@ def preset(name):
 
 PRESETS = {name: preset(name) for name in ROWS}
 
-# From options to a config
-
 
 def configure(options):
-    """A TrainConfig from the options that were given.
+    """A TrainConfig from the options that were given, as a dictionary.
 
-    They win over the preset's, which win over the defaults. With `resume`,
-    the options that the run was started with take the preset's place. Names
-    of LlamaConfig's fields go to `model`.
+    Names of LlamaConfig's fields go to `model`.
 
     Raises: InputError for an unknown preset or a value that cannot be.
     """
@@ -272,13 +256,13 @@ def started_with(options):
         raise InputError(f"{path}: not readable ({error})") from error
 
 
-# Build the model
+# The model of a run
 
 
 def llama_config(config, info):
     """The LlamaConfig of a run on this data.
 
-    Raises: InputError when the vocabulary does not hold the data's.
+    Raises: InputError when the vocabulary or the context is too small.
     """
     multiple = config.vocab_multiple
     options = {
@@ -290,18 +274,18 @@ def llama_config(config, info):
     }
     if isinstance(options.get("rope_scaling"), dict):
         options["rope_scaling"] = RopeScaling(**options["rope_scaling"])
-    shape = LlamaConfig(**options)
-    if shape.vocab_size < info.vocab_size:
+    llama = LlamaConfig(**options)
+    if llama.vocab_size < info.vocab_size:
         raise InputError(
-            f"--vocab-size {shape.vocab_size}: the data has "
+            f"--vocab-size {llama.vocab_size}: the data has "
             f"{info.vocab_size} different tokens"
         )
-    if shape.max_position_embeddings < config.sequence_length:
+    if llama.max_position_embeddings < config.sequence_length:
         raise InputError(
             f"--sequence-length {config.sequence_length} is longer than "
-            f"--max-position-embeddings {shape.max_position_embeddings}"
+            f"--max-position-embeddings {llama.max_position_embeddings}"
         )
-    return shape
+    return llama
 
 
 def build_llama(config, info):
@@ -311,7 +295,7 @@ def build_llama(config, info):
     return model
 
 
-# Accumulation
+# Accumulation follows
 
 
 def micro_steps(config, world_size):
@@ -338,7 +322,7 @@ def matmul_dtype(config, device):
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has = torch.cpu.get_capabilities()
         fast = has.get("avx512_bf16") or has.get("amx_bf16")
@@ -347,52 +331,81 @@ def matmul_dtype(config, device):
 
 def autocast(device, dtype):
     """A context in which matrix products run in `dtype`."""
-    on = dtype != torch.float32
-    return torch.autocast(device.type, dtype if on else None, enabled=on)
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
-# The memory plan
+# A plan of memory
 
 
-def activation_bytes(shape, rows, dtype):
-    """Bytes that `rows` tokens keep for the backward pass of a LLaMA."""
-    D, I = shape.hidden_size, shape.intermediate_size
-    q = shape.num_attention_heads * shape.head_dim
-    kv = shape.num_key_value_heads * shape.head_dim
+def activation_bytes(llama, T, dtype, fused=False):
+    """Bytes that one token of one block keeps for the backward pass.
+
+    Args:
+        llama: a `LlamaConfig`.
+        fused: whether one kernel does the attention.
+    """
+    D, I, H = (
+        llama.hidden_size,
+        llama.intermediate_size,
+        llama.num_attention_heads,
+    )
+    queries, keys = H * llama.head_dim, llama.num_key_value_heads
+    keys *= llama.head_dim
     a = dtype.itemsize
-    norm = 2 * 4 * D + a * D
-    attention = a * (2 * q + 2 * kv) + a * q
-    mlp = a * 4 * I
-    layer = 2 * norm + attention + mlp
-    return rows * (shape.num_hidden_layers * layer + norm)
+    half = a == 2
+    norms = 2 * 8 * D + (5 if half else 2) * a * D
+    attention = a * (3 * queries + 2 * keys)
+    if not fused:
+        n = math.ceil(T / max(32, math.ceil(T / 8)))
+        weights = H * T / n * (6 if half else 4)
+        attention = 2 * a * queries + (n + 1) / 2 * (2 * a * keys + weights)
+    return norms + attention + 4 * a * I
 
 
-def memory_plan(config, model, world_size, dtype):
-    """Bytes of one rank, by purpose. The model may be on the meta device."""
-    rows = config.micro_batch_size * config.sequence_length
+def memory_plan(config, model, device, dtype):
+    """{purpose: bytes} of one rank. The model may be on the meta device."""
+    T = config.sequence_length
+    rows = config.micro_batch_size * T
     N = sum(p.numel() for p in model.parameters())
+    half = dtype == torch.bfloat16
     plan = {
         "parameters": 4 * N,
         "gradients": 4 * N,
         "optimizer": 8 * N,
-        "bfloat16 copies": 2 * N if dtype == torch.bfloat16 else 0,
+        "bfloat16 copies": 2 * N * half,
     }
-    if isinstance(model.config, LlamaConfig):
-        plan["activations"] = activation_bytes(model.config, rows, dtype)
-        plan["logits"] = 4 * min(rows, 1024) * model.config.vocab_size
+    llama = model.config
+    if isinstance(llama, LlamaConfig):
+        V, D = llama.vocab_size, llama.hidden_size
+        fused = half and device.type == "cuda"
+        block = activation_bytes(llama, T, dtype, fused)
+        kept = llama.num_hidden_layers * block + 12 * D
+        plan["activations"] = round(rows * kept)
+        tile = 2**28 if device.type == "cuda" else 2**23
+        plan["head"] = 4 * V * D + 3 * min(tile, 4 * rows * V)
     return plan
+
+
+def gigabytes(count):
+    """Bytes for people."""
+    if count < 1e7:
+        return f"{count / 1e6:.2f} MB"
+    return f"{count / 1e9:.2f} GB"
 
 
 def capacity(device):
     """Bytes that one rank may use on this device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.is_file() and limit.read_text().strip().isdigit():
         total = min(total, int(limit.read_text()))
-    return total // ranks_here
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def check_memory(plan, available, where):
@@ -400,35 +413,28 @@ def check_memory(plan, available, where):
     total = sum(plan.values())
     if total <= available:
         return
-    activations = plan.get("activations", 0) + plan.get("logits", 0)
+    moving = plan.get("activations", 0) + plan.get("head", 0)
     advice = "choose a smaller --micro-batch-size"
-    if total - activations > available:
+    if total - moving > available:
         advice = "choose a smaller model, or a larger device"
     raise InputError(
         f"a rank needs {gigabytes(total)} (of which activations "
-        f"{gigabytes(activations)}), {where} has {gigabytes(available)} for "
-        f"it: {advice}"
+        f"{gigabytes(moving)}), {where} has {gigabytes(available)}: {advice}"
     )
-
-
-def gigabytes(count):
-    """Bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 # One step
 
 
-def train_step(model, optimizer, batches, max_norm=1.0, cast=None):
+def train_step(model, optimizer, batches, max_norm=1.0, cast=nullcontext):
     """One optimizer step on k micro batches, averaged.
 
     Args:
         batches: a list of (inputs, targets), each [B, T].
-        cast: called before each forward pass for a context, as `autocast`.
+        cast: called for the context of each forward pass, as `autocast`.
 
     Returns: the mean loss of this rank and the norm of the gradient, scalars.
     """
-    cast = cast or partial(autocast, torch.device("cpu"), torch.float32)
     total = 0.0
     for i, (inputs, targets) in enumerate(batches):
         with micro_step_sync(model, last=i == len(batches) - 1):
@@ -446,25 +452,24 @@ def train_step(model, optimizer, batches, max_norm=1.0, cast=None):
 
 
 @torch.no_grad()
-def evaluate(model, loader, rows, ranks, cast=None):
+def evaluate(model, loader, rows, ranks, cast=nullcontext):
     """Mean loss in nats a token over the first `rows` rows of `loader`.
 
-    Rank r takes batches r, r + W and so on; what goes beyond `rows` does not
-    count. The result is the same on every rank, whatever W and B are.
+    Args:
+        model: the inner model, without DDP: ranks may differ in batches.
+        loader: a `ShardLoader` of one rank that does not shuffle.
     """
-    cast = cast or partial(autocast, ranks.device, torch.float32)
     B = loader.batch_size
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
     model.eval()
     for first in range(ranks.rank * B, rows, ranks.world_size * B):
         loader.position = first
         inputs, targets = loader.next_batch()
         targets[rows - first :] = -100
+        inputs, targets = inputs.to(ranks.device), targets.to(ranks.device)
         with cast():
-            loss = model(
-                inputs.to(ranks.device), targets=targets.to(ranks.device)
-            )
-        count = (targets >= 0).sum()
+            loss = model(inputs, targets=targets)
+        count = (targets >= 0).sum().item()
         total += torch.tensor([loss.item() * count, count])
     model.train()
     if ranks.world_size > 1:
@@ -472,28 +477,43 @@ def evaluate(model, loader, rows, ranks, cast=None):
     return (total[0] / total[1]).item()
 
 
-# Compile
+# A language whose entropy we know
 
 
-def compiled(model, config, ranks, cast):
-    """The model compiled, or itself, with one line that says why not."""
-    fast = torch.compile(model)
-    shape = (config.micro_batch_size, config.sequence_length)
-    ids = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
-    problem = None
-    try:
-        with cast():
-            loss = fast(ids, targets=ids)
-        loss.backward()
-    except Exception as error:
-        problem = str(error).strip().splitlines()[0]
-    model.zero_grad()
-    problems = gather(ranks, problem)
-    if any(problems):
-        reason = next(filter(None, problems))
-        say(ranks, f"not compiled, training eagerly: {reason}")
-        return model
-    return fast
+def floors(info):
+    """Losses in nats a token that need no model of the text."""
+    return {
+        "uniform": math.log(info.vocab_size),
+        "unigram": info.unigram_nats,
+        "bigram": info.bigram_nats,
+    }
+
+
+# Saying something, and agreeing
+
+
+def say(ranks, line):
+    """One line to stdout, once for all ranks."""
+    if ranks.rank == 0:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def on_rank_zero(ranks, function, *arguments):
+    """Call a function on rank 0; all ranks wait, and get its result.
+
+    Raises: the function's InputError, on all ranks.
+    """
+    answer, problem = None, None
+    if ranks.rank == 0:
+        try:
+            answer = function(*arguments)
+        except InputError as error:
+            problem = str(error)
+    answer, problem = broadcast_object((answer, problem), ranks.patient)
+    if problem is not None:
+        raise InputError(problem)
+    return answer
 
 
 def gather(ranks, value):
@@ -505,40 +525,33 @@ def gather(ranks, value):
     return values
 
 
-def say(ranks, line):
-    """One line to stdout, once for all ranks."""
-    if ranks.rank == 0:
-        tqdm.write(line, file=sys.stdout)
+# Compile, if it can be done
 
 
-# Rank 0 works, all hear
+def compiled(model, config, ranks, cast):
+    """The model compiled, or itself after one line that says why not."""
+    fast, problem = torch.compile(model), None
+    shape = (config.micro_batch_size, config.sequence_length)
+    ids = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
+    try:
+        with cast():
+            loss = fast(ids, targets=ids)
+        loss.backward()
+    except Exception as error:  # whatever the compiler's tools raise
+        problem = str(error).strip().splitlines()[0]
+    model.zero_grad()
+    problems = [p for p in gather(ranks, problem) if p is not None]
+    if not problems:
+        return fast
+    say(ranks, f"not compiled, going on without: {problems[0]}")
+    return model
 
 
-def on_rank_zero(ranks, function, *arguments):
-    """Call a function on rank 0 only; all ranks get its result.
-
-    The others wait as long as it takes. An InputError is raised on all.
-    """
-    answer, problem = None, None
-    if ranks.rank == 0:
-        try:
-            answer = function(*arguments)
-        except InputError as error:
-            problem = str(error)
-    if ranks.patient is not None:
-        box = [answer, problem]
-        dist.broadcast_object_list(box, src=0, group=ranks.patient)
-        answer, problem = box
-    if problem is not None:
-        raise InputError(problem)
-    return answer
-
-
-# The run's folder
+# The run's folder belongs to one run
 
 
 def lock_folder(folder, wait_s=5):
-    """Lock a run's folder; the lock ends with the process, however it ends.
+    """Lock a run's folder for this process.
 
     Raises: InputError when it cannot be made, or another process has it.
     """
@@ -552,7 +565,7 @@ def lock_folder(folder, wait_s=5):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except OSError:
-            time.sleep(0.1)  # perhaps a killed run that is just ending
+            time.sleep(0.1)
     lock.close()
     raise InputError(
         f"{folder} is in use by a run that is going on: wait for it, "
@@ -562,7 +575,7 @@ def lock_folder(folder, wait_s=5):
 
 @contextmanager
 def claimed(config, ranks):
-    """Hold the run's folder on rank 0, for all ranks.
+    """Hold the run's folder, on rank 0 for all ranks.
 
     Raises: InputError when it is in use, or holds a run and `resume` is off.
     """
@@ -583,58 +596,7 @@ def claimed(config, ranks):
             lock.close()
 
 
-class Recorder:
-    """Writes what a run measures: a line a step, TensorBoard, a bar.
-
-    Only rank 0 has one. A write that fails is kept in `problem`, so that all
-    ranks can stop together.
-    """
-
-    def __init__(self, folder, step, steps):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = Path(folder) / "metrics.jsonl"
-        self.problem = None
-        truncate(self.path, step)
-        self.file = open(self.path, "a")
-        self.board = SummaryWriter(
-            Path(folder) / "tensorboard", purge_step=step + 1
-        )
-        self.bar = tqdm(
-            total=steps, initial=step, unit="step", disable=None, leave=False
-        )
-
-    def write(self, line):
-        """Append one step's line."""
-        try:
-            print(json.dumps(line), file=self.file, flush=True)
-            for name, value in line.items():
-                if name not in ("step", "tokens"):
-                    self.board.add_scalar(name, value, line["step"])
-        except OSError as error:
-            self.problem = f"cannot write {self.path}: {error.strerror}"
-        self.bar.set_postfix_str(
-            f"loss {line['loss']:.3f}, "
-            f"{line['tokens_per_second']:,.0f} tokens/s",
-            refresh=False,
-        )
-        self.bar.update()
-
-    def flush(self):
-        """Wait until the lines are on the disk."""
-        try:
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            self.problem = f"cannot write {self.path}: {error.strerror}"
-
-    def close(self):
-        """Close files; errors were reported before."""
-        self.bar.close()
-        for one in (self.file, self.board):
-            try:
-                one.close()
-            except OSError:
-                pass
+# A line a step
 
 
 def read_metrics(path):
@@ -658,7 +620,60 @@ def truncate(path, step):
     os.replace(temporary, path)
 
 
-# Stopping
+class Recorder:
+    """What rank 0 writes while a run goes on.
+
+    Args:
+        folder: the run's.
+        step: steps done so far; later lines are dropped.
+        steps: steps of the whole run.
+    """
+
+    def __init__(self, folder, step, steps):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.path = Path(folder) / "metrics.jsonl"
+        self.problem = None
+        truncate(self.path, step)
+        self.file = open(self.path, "a")
+        self.board = SummaryWriter(
+            Path(folder) / "tensorboard", purge_step=step + 1
+        )
+        self.bar = tqdm(
+            total=steps, initial=step, unit="step", disable=None, leave=False
+        )
+
+    def write(self, line):
+        """Record one step."""
+        with self.noting_problems():
+            print(json.dumps(line), file=self.file, flush=True)
+            for name, value in line.items():
+                if name not in ("step", "tokens"):
+                    self.board.add_scalar(name, value, line["step"])
+        speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed}", False)
+        self.bar.update()
+
+    def flush(self):
+        """Wait until the lines are on the disk."""
+        with self.noting_problems():
+            os.fsync(self.file.fileno())
+
+    @contextmanager
+    def noting_problems(self):
+        try:
+            yield
+        except OSError as error:
+            self.problem = f"cannot write {self.path}: {error.strerror}"
+
+    def close(self):
+        self.bar.close()
+        for one in (self.file, self.board):
+            with self.noting_problems():
+                one.close()
+
+
+# Asked to stop
 
 
 @contextmanager
@@ -666,11 +681,11 @@ def stop_signals():
     """Note SIGTERM and SIGINT instead of dying; yields the list of them."""
     seen = []
     if threading.current_thread() is not threading.main_thread():
-        yield seen
+        yield seen  # only the main thread may have handlers
         return
 
     def note(number, frame):
-        if number == signal.SIGINT and signal.SIGINT in seen:
+        if number == signal.SIGINT and number in seen:
             raise KeyboardInterrupt
         seen.append(number)
 
@@ -683,7 +698,7 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-# A run
+# What a run holds
 
 
 @dataclass
@@ -693,8 +708,8 @@ class Run:
     config: TrainConfig
     info: DatasetInfo
     ranks: Ranks
-    model: torch.nn.Module  # owns the parameters
-    parallel: torch.nn.Module  # what a step calls: compiled, DDP
+    model: torch.nn.Module
+    parallel: torch.nn.Module
     optimizer: torch.optim.Optimizer
     loader: ShardLoader
     validation: ShardLoader
@@ -706,54 +721,41 @@ class Run:
 def open_loaders(config, ranks):
     """The training rows of this rank, and the validation rows."""
     B, T = config.micro_batch_size, config.sequence_length
-    loader = ShardLoader(
-        config.data,
-        "train",
-        B,
-        T,
-        ranks.rank,
-        ranks.world_size,
-        seed=config.seed,
-    )
+    who = (ranks.rank, ranks.world_size)
+    loader = ShardLoader(config.data, "train", B, T, *who, seed=config.seed)
     validation = ShardLoader(config.data, "val", 1, T, shuffle=False)
     validation.batch_size = min(B, len(validation))
     return loader, validation
 
 
-def plan(config, info, ranks, build_model):
+def announce(config, info, ranks, build_model):
     """Say what will be done and what it needs; refuse what cannot fit."""
-    k = micro_steps(config, ranks.world_size)
+    k, T = micro_steps(config, ranks.world_size), config.sequence_length
     dtype = matmul_dtype(config, ranks.device)
     with torch.device("meta"):
         model = build_model(config, info)
-    memory = memory_plan(config, model, ranks.world_size, dtype)
+    plan = memory_plan(config, model, ranks.device, dtype)
     N = sum(p.numel() for p in model.parameters())
     tokens = config.steps * config.tokens_per_step
-    T = config.sequence_length
-    say(
-        ranks,
-        f"{N:,} parameters, {tokens:,} tokens in {config.steps:,} steps "
-        f"({tokens / info.train_tokens:.2f} epochs)",
-    )
-    say(
-        ranks,
-        f"{ranks.world_size} ranks on {ranks.device.type} x {k} micro "
-        f"batches x {config.micro_batch_size} rows x {T} tokens = "
-        f"{config.tokens_per_step:,} tokens a step, {dtype}",
-    )
-    parts = ", ".join(f"{n} {gigabytes(b)}" for n, b in memory.items() if b)
-    total, room = sum(memory.values()), capacity(ranks.device)
-    say(
-        ranks,
-        f"memory of a rank: {parts}: {gigabytes(total)} of {gigabytes(room)}",
-    )
-    check_memory(memory, room, f"each rank on {ranks.device.type}")
+    epochs = tokens / info.train_tokens
+    room, total = capacity(ranks.device), sum(plan.values())
+    parts = ", ".join(f"{n} {gigabytes(b)}" for n, b in plan.items() if b)
+    for line in (
+        f"{N:,} parameters, {config.steps:,} steps, {tokens:,} tokens: "
+        f"{epochs:.2f} epochs of {config.data}",
+        f"{ranks.world_size} ranks on {ranks.device.type} x {k} micro batches "
+        f"x {config.micro_batch_size} rows x {T} tokens = "
+        f"{config.tokens_per_step:,} tokens a step, in {dtype}",
+        f"memory of a rank: {gigabytes(total)} of {gigabytes(room)}: {parts}",
+    ):
+        say(ranks, line)
+    check_memory(plan, room, f"{ranks.device.type} for each rank")
 
 
 def prepare_run(config, info, ranks, build_model):
     """Model, optimizer and data of a run, at its first step or resumed."""
     torch.manual_seed(config.seed)
-    with shared_errors():
+    with shared_errors(ranks.patient):
         loader, validation = open_loaders(config, ranks)
     model = build_model(config, info).to(ranks.device)
     optimizer = build_optimizer(
@@ -764,52 +766,47 @@ def prepare_run(config, info, ranks, build_model):
         (config.beta1, config.beta2),
     )
     cast = partial(autocast, ranks.device, matmul_dtype(config, ranks.device))
-    parallel = model
+    fast = model
     if config.compile:
-        parallel = compiled(model, config, ranks, cast)
+        fast = compiled(model, config, ranks, cast)
     wait_for_all(ranks)
-    run = Run(
-        config,
-        info,
-        ranks,
-        model,
-        wrap(parallel, ranks),
-        optimizer,
-        loader,
-        validation,
-        cast,
-    )
+    parallel = wrap(fast, ranks)
+    shape = (config.micro_batch_size, config.sequence_length)
+    ids = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
+    rehearse(parallel, ids, ids, cast)
+    parts = (model, parallel, optimizer, loader, validation, cast)
+    run = Run(config, info, ranks, *parts)
     if config.resume:
         resume(run)
     return run
 
 
-# Resume
+# Saved and resumed
 
 SAME = ("sequence_length", "tokens_per_step", "seed", "optimizer")
 
 
 def saved_state(run):
     """The plain values of a checkpoint, as they are now."""
-    shape = getattr(run.model.config, "to_hf", dict)()
+    llama = run.model.config
     return {
         "position": run.loader.position,
         "world_size": run.ranks.world_size,
         "data": run.info.hash,
-        "model": shape,
+        "model": llama.to_hf() if isinstance(llama, LlamaConfig) else {},
         "config": asdict(run.config),
     }
 
 
 def check_same(path, state, run):
     """Refuse to go on as another run. Raises: InputError."""
-    now = saved_state(run)
+    now = json.loads(json.dumps(saved_state(run)))
     pairs = [
         (flag(name), state["config"][name], now["config"][name])
         for name in SAME
     ]
-    pairs.append(("the data's hash", state["data"], now["data"]))
-    before, after = state["model"], json.loads(json.dumps(now["model"]))
+    pairs.append(("the hash of --data", state["data"], now["data"]))
+    before, after = state["model"], now["model"]
     for name in sorted(before.keys() | after.keys()):
         pairs.append((flag(name), before.get(name), after.get(name)))
     for name, old, new in pairs:
@@ -822,37 +819,35 @@ def check_same(path, state, run):
 
 def resume(run):
     """Put the newest valid checkpoint into the run; none: start at 0."""
-    folder = Path(run.config.out) / "checkpoints"
-    path = on_rank_zero(run.ranks, latest_checkpoint, folder)
+    folder, ranks = Path(run.config.out) / "checkpoints", run.ranks
+    path = on_rank_zero(ranks, latest_checkpoint, folder)
     if path is None:
-        say(run.ranks, f"no checkpoint in {folder}: starting at step 0")
+        say(ranks, f"no checkpoint in {folder}: starting at step 0")
         return
-    with shared_errors():
+    with shared_errors(ranks.patient):
+        if not path.is_dir():
+            raise InputError(f"rank {ranks.rank} does not see {path}")
         state = json.loads((path / "state.json").read_text())
         check_same(path, state, run)
-    with shared_errors():
-        load_checkpoint(path, run.model, run.optimizer, run.ranks.rank)
+        load_checkpoint(path, run.model, run.optimizer, ranks.rank)
     run.step, run.loader.position = state["step"], state["position"]
-    say(run.ranks, f"resumed at step {run.step:,} from {path}")
+    say(ranks, f"resumed at step {run.step:,} from {path}")
 
 
 def save(run):
     """Write a checkpoint; all ranks call it, rank 0 writes."""
-    random = gather(run.ranks, random_states())
-    on_rank_zero(run.ranks, write_run, run, random)
+    states = gather(run.ranks, random_states())
+    on_rank_zero(run.ranks, write_run, run, states)
 
 
-def write_run(run, random):
-    """Rank 0's part of `save`."""
+def write_run(run, states):
+    """Rank 0's part of `save`: first the metrics, then the checkpoint."""
     run.recorder.flush()
-    folder = Path(run.config.out) / "checkpoints"
     if run.recorder.problem:
         raise InputError(run.recorder.problem)
-    keep = run.config.keep_checkpoints
-    state = saved_state(run)
-    save_checkpoint(
-        folder, run.step, run.model, run.optimizer, state, keep, random
-    )
+    folder = Path(run.config.out) / "checkpoints"
+    what = (run.step, run.model, run.optimizer, saved_state(run))
+    save_checkpoint(folder, *what, run.config.keep_checkpoints, states)
 
 
 # The loop
@@ -863,22 +858,14 @@ def rate_of(config, step):
     warmup = config.warmup_steps
     if warmup is None:
         warmup = config.steps // 20
+    peak, low = config.learning_rate, config.final_fraction
     return learning_rate_at(
-        step,
-        config.learning_rate,
-        config.steps,
-        warmup,
-        config.schedule,
-        config.final_fraction,
+        step, peak, config.steps, warmup, config.schedule, low
     )
 
 
-def one_step(run, stopping):
-    """Take one step; its line for metrics.jsonl, and whether to stop.
-
-    The loss and the wish to stop travel in one tensor: so all ranks know the
-    same loss and stop after the same step.
-    """
+def one_step(run, signals):
+    """Take one step; its line for metrics.jsonl, and whether to stop."""
     config, device = run.config, run.ranks.device
     began = time.perf_counter()
     rate = rate_of(config, run.step)
@@ -891,41 +878,57 @@ def one_step(run, stopping):
     loss, norm = train_step(
         run.parallel, run.optimizer, batches, config.max_norm, run.cast
     )
-    wish = torch.tensor(float(stopping), device=device)
+    problem = run.recorder is not None and run.recorder.problem
+    wish = torch.tensor(float(bool(signals or problem)), device=device)
     loss, wish = mean_over_ranks(torch.stack((loss, wish))).tolist()
     run.step += 1
-    seconds = time.perf_counter() - began
-    line = {
-        "step": run.step,
-        "loss": loss,
-        "lr": rate,
-        "grad_norm": norm.item(),
-        "tokens": run.step * config.tokens_per_step,
-        "tokens_per_second": round(config.tokens_per_step / seconds, 1),
-    }
+    speed = config.tokens_per_step / (time.perf_counter() - began)
+    line = {"step": run.step, "loss": loss, "lr": rate}
+    line |= {"grad_norm": norm.item(), "tokens_per_second": round(speed, 1)}
+    line |= {"tokens": run.step * config.tokens_per_step}
     return line, wish > 0
 
 
-def validate(run):
-    """Validation loss in nats a token and bits a byte."""
+def measure(run):
+    """Validation loss, and HellaSwag where wanted, for metrics.jsonl."""
     rows = min(run.config.eval_rows, len(run.validation))
     nats = evaluate(run.model, run.validation, rows, run.ranks, run.cast)
     line = {"val_loss": nats, "bits_per_byte": run.info.bits_per_byte(nats)}
-    say(
-        run.ranks,
-        f"step {run.step:,}: validation {nats:.4f} nats a token, "
-        f"{line['bits_per_byte']:.4f} bits a byte",
-    )
+    text = f"validation {nats:.4f} nats a token, {{:.4f}} bits a byte"
+    text = text.format(line["bits_per_byte"])
+    if run.config.hellaswag:
+        acc, error = on_rank_zero(run.ranks, measure_hellaswag, run)
+        line["hellaswag"] = acc
+        text += f", HellaSwag {acc:.1%} ± {error:.1%}"
+    say(run.ranks, f"step {run.step:,}: {text}")
     return line
+
+
+def measure_hellaswag(run):
+    """Accuracy by summed log-probability, and its standard error."""
+    source = run.config.hellaswag
+    examples = read_examples(
+        None if source == "own" else source, run.config.hellaswag_limit
+    )
+    run.model.eval()
+    with run.cast():
+        predictions = score(run.model, load_tokenizer(run), examples)
+    run.model.train()
+    return accuracy(predictions)
+
+
+def load_tokenizer(run):
+    """The data's tokenizer as an object of transformers."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    return AutoTokenizer.from_pretrained(Path(run.config.data) / "tokenizer")
 
 
 def loop(run, signals):
     """Train until the last step or a signal; whether the end was reached."""
-    config = run.config
-    stopping = False
+    config, stopping = run.config, False
     while run.step < config.steps and not stopping:
-        problem = run.recorder is not None and run.recorder.problem
-        line, stopping = one_step(run, bool(signals or problem))
+        line, stopping = one_step(run, signals)
         if not math.isfinite(line["loss"]):
             raise InputError(
                 f"the loss is {line['loss']} at step {run.step}: go on from "
@@ -933,7 +936,7 @@ def loop(run, signals):
             )
         last = run.step == config.steps
         if last or due(run.step, config.eval_every):
-            line |= validate(run)
+            line |= measure(run)
         if run.recorder is not None:
             run.recorder.write(line)
         if last or stopping or due(run.step, config.checkpoint_every):
@@ -949,107 +952,94 @@ def due(step, every):
 # The end of a run
 
 
-def floors(info):
-    """Losses in nats a token that need no model of the text."""
-    return {
-        "uniform": math.log(info.vocab_size),
-        "unigram": info.unigram_nats,
-        "bigram": info.bigram_nats,
-    }
+def draw_curves(folder, info, more=None, figure=None):
+    """A Figure of the losses in a run's metrics.jsonl, with its floors.
 
-
-def draw_curves(folder, info, width=7.2, height=4.0):
-    """A Figure of the losses in a run's metrics.jsonl, with its floors."""
+    Args:
+        more: further horizontal lines, {name: nats}.
+        figure: draw into this one.
+    """
     lines = read_metrics(Path(folder) / "metrics.jsonl")
+    measured = [line for line in lines if "val_loss" in line]
+    levels = {**floors(info), **(more or {})}
     with matplotlib.style.context("llama_tut.book"):
-        figure = Figure((width, height), layout="constrained")
-        ax = figure.add_subplot()
-        tokens = [line["tokens"] for line in lines]
-        losses = [line["loss"] for line in lines]
-        ax.plot(tokens, losses, lw=0.6, alpha=0.6, label="training")
-        measured = [line for line in lines if "val_loss" in line]
-        ax.plot(
-            [line["tokens"] for line in measured],
-            [line["val_loss"] for line in measured],
-            "o-",
-            label="validation",
-        )
-        for name, nats in floors(info).items():
-            ax.axhline(nats, color="0.5", lw=1, ls="--")
-            ax.annotate(
-                f"{name} {nats:.2f}",
-                (1, nats),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                color="0.3",
-            )
+        figure = figure or Figure((7.2, 4.0), layout="constrained")
+        ax = figure.add_subplot(yscale="log")
+        for name, some, key, style in (
+            ("training", lines, "loss", dict(lw=0.7, alpha=0.7)),
+            ("validation", measured, "val_loss", dict(marker="o", ms=4)),
+        ):
+            tokens = [line["tokens"] for line in some]
+            ax.plot(tokens, [s[key] for s in some], label=name, **style)
+        for name, nats in levels.items():
+            ax.axhline(nats, color="0.4", lw=1, ls="--", zorder=0)
+            where = dict(xycoords=("axes fraction", "data"), fontsize=9)
+            text = f"{name} {nats:.2f}"
+            ax.annotate(text, (1, nats), ha="right", va="bottom", **where)
+        low, high = ax.get_ylim()
+        ticks = [t for t in (0.7, 1, 1.5, 2, 3, 4, 5, 6, 8) if low < t < high]
+        ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
         ax.set(xlabel="tokens", ylabel="nats a token")
         ax.legend(loc="upper center")
     return figure
 
 
-def report(run, last):
-    """Print the last losses beside their floors."""
-    bits = run.info.bits_per_byte
-    table = {"this model, validation": last["val_loss"], **floors(run.info)}
-    tqdm.write(f"{'':24}nats a token  bits a byte")
-    for name, nats in table.items():
-        tqdm.write(f"{name:24}{nats:12.4f}{bits(nats):13.4f}")
+def report(run, nats):
+    """Print the validation loss beside its floors."""
+    table = {"this model": nats, **floors(run.info)}
+    say(run.ranks, f"\n{'validation':12}nats a token  bits a byte")
+    for name, value in table.items():
+        bits = run.info.bits_per_byte(value)
+        say(run.ranks, f"{name:12}{value:12.4f}{bits:13.4f}")
 
 
 def write_samples(run):
-    """Print a few texts of the model; also to samples.txt."""
-    config = run.config
+    """Print a few texts of the model, and keep them in samples.txt."""
+    config, end = run.config, run.info.end_of_text
     tokenizer = read_tokenizer(Path(config.data) / "tokenizer")
-    prompt = [run.info.end_of_text, *tokenizer.encode(config.prompt).ids]
+    prompt = [end, *tokenizer.encode(config.prompt).ids]
     ids = torch.tensor([prompt], device=run.ranks.device)
-    room = run.model.config.max_position_embeddings - len(prompt)
-    random = torch.Generator(run.ranks.device).manual_seed(config.seed)
+    room = config.sequence_length - len(prompt)
+    source = torch.Generator(run.ranks.device).manual_seed(config.seed)
     texts = []
     run.model.eval()
-    for _ in range(config.samples):
+    for number in range(1, config.samples + 1 if room > 0 else 0):
         out = generate(
             run.model,
             ids,
             min(config.sample_tokens, room),
             temperature=0.8,
             top_k=50,
-            generator=random,
-            stop_tokens=(run.info.end_of_text,),
+            generator=source,
+            stop_tokens=(end,),
         )
-        texts.append(tokenizer.decode(out[0].tolist()))
+        text = tokenizer.decode(out[0].tolist())
+        texts.append(f"--- sample {number} ---\n{text}\n")
+        say(run.ranks, f"\n{texts[-1]}".rstrip())
     run.model.train()
-    for number, text in enumerate(texts, 1):
-        tqdm.write(f"--- sample {number}\n{text}")
-    return texts
+    (Path(config.out) / "samples.txt").write_text("\n".join(texts))
 
 
 def finish(run, ended):
-    """Rank 0, after the last step: report, curves, samples, model."""
+    """Rank 0's last work; the last line of metrics.jsonl."""
     folder = Path(run.config.out)
     if run.recorder.problem:
         raise InputError(run.recorder.problem)
+    run.recorder.bar.close()
     lines = read_metrics(folder / "metrics.jsonl")
-    if ended:
-        run.recorder.bar.close()
-        report(run, lines[-1])
-        write_samples(run)
-        write_model(run, folder / "model")
-    if lines:
-        draw_curves(folder, run.info).savefig(folder / "curves.png", dpi=150)
+    try:
+        if lines:
+            curves = draw_curves(folder, run.info)
+            curves.savefig(folder / "curves.png", dpi=150)
+        if ended:
+            report(run, lines[-1]["val_loss"])
+            write_samples(run)
+            save_pretrained(run.model, folder / "model", load_tokenizer(run))
+            say(run.ranks, f"\nwrote {folder / 'model'}")
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error
     return lines[-1] if lines else None
-
-
-def write_model(run, folder):
-    """The model with its tokenizer, as a Hugging Face folder."""
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        Path(run.config.data) / "tokenizer"
-    )
-    save_pretrained(run.model, folder, tokenizer)
-    tqdm.write(f"wrote {folder}")
 
 
 # Train
@@ -1060,10 +1050,10 @@ def train(config, build_model=build_llama):
 
     Args:
         build_model: called with (config, info); gives a model that returns
-            the loss when called with ids and `targets`.
+            the mean loss when called with ids and `targets`.
 
     Returns: the last line of metrics.jsonl.
-    Raises: InputError for everything that the options or the data get wrong.
+    Raises: InputError for all that the options or the data get wrong.
     """
     for name in ("data", "out"):
         if not getattr(config, name):
@@ -1072,7 +1062,7 @@ def train(config, build_model=build_llama):
         info = load_dataset_info(config.data)
         ranks = start(config.device)
         try:
-            plan(config, info, ranks, build_model)
+            announce(config, info, ranks, build_model)
             with claimed(config, ranks):
                 run = prepare_run(config, info, ranks, build_model)
                 return carry_out(run, signals)

@@ -40,7 +40,8 @@ def tiny_data(folder):
     draw = random.Random(0)
     text = " ".join(draw.choice(words) for _ in range(3000))
     (folder / "tiny.txt").write_text(text)
-    prepare([folder / "tiny.txt"], folder / "data", "bpe", 280, processes=1)
+    files = [folder / "tiny.txt"]
+    prepare(files, folder / "data", 1, tokenizer="bpe", vocab_size=280)
     return folder / "data"
 
 

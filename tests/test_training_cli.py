@@ -1,0 +1,241 @@
+"""Training as a reader starts it: ranks, kills, signals, bad input."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from training_setup import (
+    OPTIONS,
+    ROOT,
+    finish,
+    flags,
+    losses,
+    metrics,
+    start,
+    tiny_data,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_data(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    """The folder of a run of one rank from step 0 to the end."""
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    code, _, err = finish(start({"data": data, "out": out, **OPTIONS}, 1))
+    assert (code, err) == (0, "")
+    return out
+
+
+def wait_for_step(process, out, step):
+    """Wait until a run has written the line of a step."""
+    path = out / "metrics.jsonl"
+    for _ in range(2000):
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.03)
+    raise AssertionError(f"no step {step} within a minute")
+
+
+def kill_at(process, out, step):
+    """kill -9 torchrun at a step; its workers must follow within seconds."""
+    workers = psutil.Process(process.pid).children(recursive=True)
+    wait_for_step(process, out, step)
+    workers += psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(set(workers), timeout=20)
+    assert not alive
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_do_not_change_the_losses(data, unbroken, tmp_path, ranks):
+    options = {"data": data, "out": tmp_path / "run", **OPTIONS, "steps": 16}
+    code, out, err = finish(start(options, ranks))
+    assert (code, err) == (0, ""), err
+    alone = losses(unbroken)
+    for step, loss in losses(tmp_path / "run").items():
+        assert loss == pytest.approx(alone[step], abs=1e-5)
+    assert len(alone) == 16
+    last = [metrics(run)[-1]["val_loss"] for run in (unbroken, options["out"])]
+    assert last[0] == pytest.approx(last[1], abs=1e-5)
+
+
+def test_kill_twice_and_resume_bit_for_bit(data, tmp_path):
+    """Also across an epoch's end, and then once more on one rank."""
+    options = {"data": data, **OPTIONS}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    code, _, err = finish(start({**options, "out": whole}, 2))
+    assert code == 0, err
+    options |= {"out": out}
+    process = start(options, 2)
+    kill_at(process, out, 6)
+    process = start({**options, "resume": True}, 2)
+    kill_at(process, out, 11)
+    code, said, err = finish(start({**options, "resume": True}, 2))
+    assert (code, err) == (0, "")
+    assert "resumed at step 8" in said
+    assert losses(out) == losses(whole)
+    assert list(losses(out)) == list(range(1, 17))
+    text = (whole / "model" / "model.safetensors").read_bytes()
+    assert text == (out / "model" / "model.safetensors").read_bytes()
+
+
+def test_resume_on_another_number_of_ranks(data, unbroken, tmp_path):
+    out = tmp_path / "run"
+    options = {"data": data, "out": out, **OPTIONS}
+    process = start(options, 2)
+    kill_at(process, out, 9)
+    code, _, err = finish(start({"out": out, "resume": True}))
+    assert (code, err) == (0, "")
+    assert losses(out) == pytest.approx(losses(unbroken), abs=1e-5)
+
+
+def test_sigterm_saves_and_a_second_start_is_refused(data, tmp_path):
+    out = tmp_path / "run"
+    options = {"data": data, "out": out, **OPTIONS, "checkpoint_every": 0}
+    options["steps"] = 100_000
+    process = start(options, 2)
+    wait_for_step(process, out, 3)
+    code, _, err = finish(start({**options, "resume": True}))
+    assert code == 2 and "in use" in err
+    assert len(err.splitlines()) == 1
+    process.terminate()
+    code, said, err = finish(process)
+    assert (code, err) == (0, "")
+    step = metrics(out)[-1]["step"]
+    assert f"stopped at step {step:,}" in said
+    assert (out / "checkpoints" / f"step_{step:08d}").is_dir()
+
+
+def test_interrupt_saves_a_single_process(data, tmp_path):
+    out = tmp_path / "run"
+    options = {"data": data, "out": out, **OPTIONS, "steps": 100_000}
+    process = start(options)
+    wait_for_step(process, out, 2)
+    process.send_signal(signal.SIGINT)
+    code, said, err = finish(process)
+    assert (code, err) == (0, "")
+    step = metrics(out)[-1]["step"]
+    assert (out / "checkpoints" / f"step_{step:08d}").is_dir()
+
+
+def test_lost_rank_ends_the_job(data, tmp_path):
+    out = tmp_path / "run"
+    options = {"data": data, "out": out, **OPTIONS, "steps": 100_000}
+    process = start(options, 2)
+    wait_for_step(process, out, 2)
+    began = time.monotonic()
+    psutil.Process(process.pid).children()[1].kill()
+    code, _, err = finish(process)
+    assert code == 1 and time.monotonic() - began < 60
+    assert "rank 1 was killed by signal 9" in err.splitlines()[-1]
+
+
+def test_bad_input_under_torchrun_is_one_line(data, tmp_path):
+    out = tmp_path / "run"
+    options = {"data": data, "out": out, **OPTIONS, "hidden_sizes": 3}
+    code, _, err = finish(start(options, 2))
+    assert code == 2 and not out.exists()
+    assert err.startswith("error: unrecognized arguments: --hidden-sizes 3")
+    assert len(err.splitlines()) == 1
+
+
+def train_here(monkeypatch, capsys, options):
+    """Run scripts/train.py in this process: (exit code, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(options)])
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"no_such_option": 1}, "unrecognized arguments"),
+        ({"steps": "ten"}, "invalid int value"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"dtype": "float8"}, "invalid choice"),
+        ({"preset": "huge"}, "'huge' is unknown: take laptop"),
+        ({"data": "nowhere"}, "dataset.json"),
+        ({"data": ""}, "--data is missing"),
+        ({"out": ""}, "--out is missing"),
+        ({"device": "tpu"}, "take auto, cpu"),
+        ({"device": "cuda"}, "device cuda"),
+        ({"micro_batch_size": 3}, "512 is not a multiple of micro batch 3"),
+        ({"num_attention_heads": 3}, "hidden_size 32 is not a multiple"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"vocab_size": 100}, "--vocab-size 100"),
+        ({"max_position_embeddings": 8}, "--sequence-length 32 is longer"),
+        ({"rope_scaling": "{"}, "not a RopeScaling"),
+        ({"hidden_size": 10**6, "head_dim": 64}, "a rank needs"),
+        ({"sequence_length": 4096, "tokens_per_step": 8192}, "rows of 4096"),
+        ({"resume": True, "out": "FILE"}, "File exists"),
+        ({"out": "FILE/run"}, "Not a directory"),
+    ],
+)
+def test_bad_input_is_one_line(
+    data, tmp_path, monkeypatch, capsys, changes, words
+):
+    (tmp_path / "FILE").touch()
+    options = {"data": data, "out": "run", **OPTIONS, **changes}
+    monkeypatch.chdir(tmp_path)
+    code, err = train_here(monkeypatch, capsys, options)
+    assert code == 2 and words in err
+    assert err.startswith("error: ") and len(err.splitlines()) == 1
+    left = {path.name for path in tmp_path.rglob("*")} - {".lock", "run"}
+    assert left == {"FILE"}
+
+
+def test_llama3_8b_says_what_is_lacking(data, tmp_path, monkeypatch, capsys):
+    options = {"data": data, "out": tmp_path / "run", "preset": "llama3-8b"}
+    code, err = train_here(
+        monkeypatch, capsys, {**options, "device": "cpu", "vocab_size": 128256}
+    )
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "choose a smaller model" in err
+
+
+def test_start_into_a_finished_run_needs_resume(
+    data, unbroken, monkeypatch, capsys
+):
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    options = {"data": data, "out": unbroken, **OPTIONS}
+    code, err = train_here(monkeypatch, capsys, options)
+    assert code == 2 and "--resume" in err and len(err.splitlines()) == 1
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+def test_full_disk_is_one_line(data, tmp_path):
+    """A small file system of its own, where the test may make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        options = {"data": data, "out": disk / "run", **OPTIONS}
+        code, _, err = finish(start({**options, "keep_checkpoints": 9}, 2))
+        assert code == 2 and len(err.splitlines()) == 1, err
+        assert "No space left" in err
+        left = sorted((disk / "run" / "checkpoints").iterdir())
+        assert left and not any(p.name.startswith(".") for p in left)
+        subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+        code, said, err = finish(start({**options, "resume": True}))
+        assert (code, err) == (0, "")
+        assert f"resumed at step {int(left[-1].name[5:])}" in said
+    finally:
+        subprocess.run(["umount", str(disk)])
