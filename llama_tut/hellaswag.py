@@ -333,14 +333,14 @@ def predict(example, sums, lengths):
 
 
 def score(
-    model, tokenizer, examples, batch_size=16, packed=None, progress=False
+    model, tokenizer, examples, batch_size=None, packed=None, progress=False
 ):
     """Predict the ending of each example.
 
     Args:
         model: our `LlamaForCausalLM` or a causal model of transformers.
         tokenizer: a transformers tokenizer.
-        batch_size: examples in one pass.
+        batch_size: examples in one pass; None: 4 on a CPU, else 32.
         packed: one row for each example; None: where the model can.
         progress: show a bar, if this is a terminal.
 
@@ -353,13 +353,15 @@ def score(
 
 
 def score_items(
-    model, examples, items, batch_size=16, packed=None, progress=False
+    model, examples, items, batch_size=None, packed=None, progress=False
 ):
     """As `score`, for examples that are already tokens (see `encode`)."""
     limit = getattr(model.config, "max_position_embeddings", None)
     parts = None if packed is False else body_and_head(model)
     require(parts or not packed, "this model cannot take packed rows")
     order = sorted(range(len(items)), key=lambda i: -packed_length(items[i]))
+    if batch_size is None:
+        batch_size = 4 if next(model.parameters()).device.type == "cpu" else 32
     predictions = [None] * len(items)
     bar = tqdm(total=len(items), disable=None if progress else True)
     for start in range(0, len(order), batch_size):

@@ -40,7 +40,7 @@ def build_parser():
         "None: the 48 examples of the package",
     )
     add("--limit", type=int, help="only the first so many examples")
-    add("--batch-size", type=int, default=16, help="examples a pass")
+    add("--batch-size", type=int, help="examples a pass (None: by device)")
     add("--predictions", metavar="OUT", type=Path, help="write them as jsonl")
     add("--compare", metavar="FILE", type=Path, help="McNemar's test with it")
     add(
@@ -58,7 +58,8 @@ def build_parser():
 
 def check(args):
     """Find bad options before the model is loaded."""
-    require(args.batch_size >= 1, "--batch-size must be 1 or more")
+    size = args.batch_size
+    require(size is None or size >= 1, "--batch-size must be 1 or more")
     out = args.predictions
     if out is not None:
         require(not out.is_dir(), f"--predictions {out} is a folder")

@@ -29,6 +29,7 @@ from llama_tut.hellaswag import (
     make_example,
     mcnemar,
     pack,
+    packed_length,
     packed_mask,
     read_examples,
     read_predictions,
@@ -367,10 +368,33 @@ def test_own_examples_as_the_harness():
     agree("hellaswag_harness_small.json", read_examples(), lines, model)
 
 
-def test_published_examples_as_the_harness():
+@pytest.fixture
+def published():
     file = DATA / "hellaswag_val.jsonl"
     if not file.is_file():
         pytest.skip(f"no {file}: set LLAMA_TUT_DATA to the folder that has it")
+    return file
+
+
+def test_the_published_set_is_as_the_chapter_says(published):
+    examples = read_examples(published)
+    assert len(examples) == 10_042
+    for pick, expected in ((max, 0.241), (min, 0.254)):
+        hits = [
+            e.endings.index(pick(e.endings, key=len)) == e.label
+            for e in examples
+        ]
+        assert sum(hits) / len(hits) == pytest.approx(expected, abs=5e-4)
+    tokenizer = AutoTokenizer.from_pretrained(find_pretrained())
+    items = [encode(tokenizer, example) for example in examples]
+    rows = sum(len(c) + len(e) - 1 for c, four in items for e in four)
+    assert rows == 3_135_488
+    assert sum(map(packed_length, items)) == 1_637_687
+    assert sum(len(e) for _, four in items for e in four) == 1_178_588
+
+
+def test_published_examples_as_the_harness(published):
+    file = published
     count = int(os.environ.get("LLAMA_TUT_HELLASWAG", 24))
     lines = file.read_text().splitlines()
     examples = read_examples(file, limit=200)
