@@ -2,7 +2,7 @@
 """The whole model, its initialisation, its loss, its size and its cost.
 
 Letters: B batch, T time, D hidden_size, H heads, K kv heads, C head_dim,
-I intermediate_size, V vocabulary, L layers, R rows of one piece.
+I intermediate_size, V vocabulary, L layers; R rows and M words of one tile.
 """
 
 import torch
@@ -52,71 +52,103 @@ class LlamaModel(nn.Module):
 # The loss without the full logits
 
 
-def piece_of_loss(h, w, targets):
-    """Summed cross entropy of some rows, and the gradient of their logits.
+def tile_size(vocab_size, device):
+    """Rows and words of one tile of logits: 4 or 8 MiB, on a GPU 256 MiB."""
+    if device.type == "cuda":
+        return 4096, 16_384
+    return (512 if vocab_size <= 4096 else 256), 4096
+
+
+def tile_of_logits(h, weight, targets, words):
+    """Logits of some rows and some words, and where the targets are in them.
 
     Args:
-        h: [R, D] and w: [V, D], both in the dtype of the product.
-        targets: [R]; a row with -100 adds no loss, but its gradient is not
-            zero here: the caller must drop it.
+        h: [R, D] in the dtype of the product; weight: [V, D].
+        targets: [R, 1].
+        words: slice of the vocabulary, M words.
     """
-    logp = F.log_softmax((h @ w.T).float(), dim=-1)  # [R, V]
-    loss = F.nll_loss(logp, targets, reduction="sum")  # []
-    tokens = torch.arange(len(w), device=w.device)  # [V]
-    hit = tokens == targets[:, None]  # [R, V]
-    gradient = logp.exp_().add_(hit, alpha=-1)  # [R, V]
-    return loss, gradient.to(h.dtype)  # [], [R, V]
+    w = weight[words].to(h.dtype)  # [M, D]
+    logits = (h @ w.T).float()  # [R, M]
+    place = targets - words.start  # [R, 1]
+    here = ((place >= 0) & (place < len(w))).float()  # [R, 1]
+    place = place.clamp(0, len(w) - 1)  # [R, 1]
+    return w, logits, place, here  # [M, D], [R, M], [R, 1], [R, 1]
 
 
-LOGITS_AT_ONCE = 2**22  # 16 MiB in float32
+def first_pass(h, weight, targets, tiles):
+    """Normaliser and target's logit of each row, and the last tile.
+
+    Args:
+        h: [R, D]; weight: [V, D]; targets: [R, 1].
+        tiles: slices that cut up the vocabulary.
+    """
+    normaliser = torch.full_like(h[:, :1], -torch.inf).float()  # [R, 1]
+    right = torch.zeros_like(normaliser)  # [R, 1]
+    for words in tiles:
+        last = logits = None  # frees a tile before the next is made
+        last = tile_of_logits(h, weight, targets, words)
+        _, logits, place, here = last  # [M, D], [R, M], [R, 1], [R, 1]
+        part = logits.logsumexp(-1, keepdim=True)  # [R, 1]
+        normaliser = torch.logaddexp(normaliser, part)  # [R, 1]
+        right = right + here * logits.gather(1, place)  # [R, 1]
+    return normaliser, right, last
 
 
-def rows_of_a_piece(rows, vocab_size):
-    """How many of the rows to take at a time."""
-    pieces = 8 if torch.compiler.is_compiling() else 64
-    return max(LOGITS_AT_ONCE // vocab_size, -(-rows // pieces), 1)
+def second_pass(h, weight, targets, tiles, normaliser, last, weights, sums):
+    """Add the head's gradient to `sums`; return that of the rows, [R, D].
+
+    Args:
+        h: [R, D]; weight: [V, D]; targets, normaliser, weights: [R, 1].
+        tiles, last: as in `first_pass`.
+        sums: gradient of the head so far, float32 [V, D], changed in place.
+    """
+    grad = torch.zeros_like(h, dtype=torch.float32)  # [R, D]
+    weighted = (h * weights).to(h.dtype)  # [R, D]
+    for words in reversed(tiles):
+        if words is not tiles[-1]:
+            last = tile_of_logits(h, weight, targets, words)
+        w, g, place, here = last  # [M, D], [R, M], [R, 1], [R, 1]
+        g = g.sub_(normaliser).exp_()  # [R, M]
+        g = g.scatter_add_(1, place, -here).to(h.dtype)  # [R, M]
+        grad = grad + g @ w  # [R, D]
+        sums[words] += g.T @ weighted
+        del g, last  # before the next tile is made
+    return grad * weights  # [R, D]
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross entropy of `hidden @ weight.T`, by pieces of rows.
+    """Mean cross entropy of `hidden @ weight.T`, tile by tile.
 
-    The forward pass makes the gradients too, while a piece's logits exist.
+    The forward pass makes the gradients too, if they are wanted.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype):
-        """hidden [B*T, D], weight [V, D], targets [B*T] -> [], float32."""
-        w = weight.to(dtype)  # [V, D]
-        counted = (targets != -100).sum()  # []
-        scale = ((targets != -100) / counted)[:, None]  # [B*T, 1]
-        total = torch.zeros((), device=w.device)  # []
-        grad_hidden = torch.empty_like(hidden)  # [B*T, D]
-        grad_weight = torch.zeros_like(w, dtype=torch.float32)  # [V, D]
-        blocks = 1 if torch.compiler.is_compiling() else 8
-        R = rows_of_a_piece(len(hidden), len(w))
+    def forward(ctx, hidden, weight, targets, dtype, wanted):
+        """hidden [B*T, D], weight [V, D], targets [B*T] -> float32 []."""
+        R, M = tile_size(len(weight), weight.device)
+        tiles = [slice(i, i + M) for i in range(0, len(weight), M)]
+        counts = targets != -100  # [B*T]
+        weights = (counts / counts.sum())[:, None]  # [B*T, 1]
+        total = torch.zeros((), device=weight.device)  # []
+        if wanted:
+            grad = torch.empty_like(hidden)  # [B*T, D]
+            sums = torch.zeros_like(weight, dtype=torch.float32)  # [V, D]
         for i in range(0, len(hidden), R):
-            piece = slice(i, i + R)
-            h = hidden[piece].to(dtype)  # [R, D]
-            loss, g = piece_of_loss(h, w, targets[piece])  # [], [R, V]
-            total = total + loss  # []
-            grad_hidden[piece] = (g @ w) * scale[piece]
-            h = (h * scale[piece]).to(dtype)  # [R, D]
-            columns = g.chunk(blocks, dim=1)
-            for rows, c in zip(
-                grad_weight.chunk(blocks), columns, strict=True
-            ):
-                rows += c.T @ h
-            del g, c, columns  # before the next piece is made
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total / counted  # []
+            rows = slice(i, i + R)
+            part = (hidden[rows].to(dtype), weight, targets[rows, None], tiles)
+            n, right, last = first_pass(*part)
+            total = total + ((n - right) * weights[rows]).sum()  # []
+            if wanted:
+                grad[rows] = second_pass(*part, n, last, weights[rows], sums)
+        if wanted:
+            ctx.save_for_backward(grad, sums.to(weight.dtype))
+        return total  # []
 
     @staticmethod
     def backward(ctx, gradient):
-        """gradient [] -> those of hidden and weight."""
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden.mul_(gradient)
-        grad_weight.mul_(gradient)
-        return grad_hidden, grad_weight, None, None
+        """gradient [] -> those of hidden [B*T, D] and weight [V, D]."""
+        grad, sums = ctx.saved_tensors
+        return grad.mul_(gradient), sums.mul_(gradient), None, None, None
 
 
 def head_loss(hidden, weight, targets):
@@ -127,20 +159,17 @@ def head_loss(hidden, weight, targets):
         weight: the head, [V, D]; may be the tied embedding.
         targets: true next tokens, [B, T]; -100 does not count.
     """
+    V, device = len(weight), weight.device
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     hidden = hidden.flatten(0, -2)  # [B*T, D]
     targets = targets.flatten()  # [B*T]
-    if torch.is_grad_enabled():
-        device, dtype = hidden.device.type, weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        return HeadLoss.apply(hidden, weight, targets, dtype)  # []
-    total = torch.zeros((), device=hidden.device)  # []
-    R = rows_of_a_piece(len(hidden), len(weight))
-    for h, t in zip(hidden.split(R), targets.split(R), strict=True):
-        logits = F.linear(h, weight).float()  # [R, V]
-        loss = F.cross_entropy(logits, t, reduction="sum")  # []
-        total = total + loss  # []
-    return total / (targets != -100).sum()  # []
+    apply = HeadLoss.apply
+    if torch.compiler.is_compiling() and V > tile_size(V, device)[1]:
+        apply = torch.compiler.disable(apply)
+    wanted = torch.is_grad_enabled()
+    return apply(hidden, weight, targets, dtype, wanted)  # []
 
 
 # What it starts from
@@ -217,3 +246,45 @@ class LlamaForCausalLM(nn.Module):
         if targets is not None:
             return head_loss(x, self.output_weight, targets)  # []
         return F.linear(x, self.output_weight)  # [B, T, V]
+
+
+# How big is it
+
+
+def parameter_count(config, embeddings=True):
+    """Number of parameters by formula.
+
+    Args:
+        embeddings: if False, without `embed_tokens` and `lm_head`, as
+            scaling laws count.
+    """
+    D, C, I = config.hidden_size, config.head_dim, config.intermediate_size
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    block = D * C * (2 * H + 2 * K) + 3 * D * I + 2 * D
+    count = config.num_hidden_layers * block + D
+    if embeddings:
+        tables = 1 if config.tie_word_embeddings else 2
+        count += tables * config.vocab_size * D
+    return count
+
+
+# What it costs
+
+
+def flops_per_token(config, sequence_length, training=True):
+    """FLOPs for each token of a text, by formula: 2N + 4LTHC, times 3.
+
+    N counts the matrices with the head, without the table of embeddings. The
+    future is counted too, though a causal kernel skips it.
+
+    Args:
+        sequence_length: T, how many tokens each token reads.
+        training: forward and backward; if False, forward alone.
+    """
+    D, L = config.hidden_size, config.num_hidden_layers
+    H, C = config.num_attention_heads, config.head_dim
+    norms = (2 * L + 1) * D
+    matrices = parameter_count(config, embeddings=False) - norms
+    matrices += D * config.vocab_size
+    forward = 2 * matrices + 4 * L * sequence_length * H * C
+    return 3 * forward if training else forward
