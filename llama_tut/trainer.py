@@ -24,6 +24,7 @@ import matplotlib.style
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
 
 from llama_tut.checkpoint import (
@@ -904,12 +905,10 @@ def measure(run):
     return line
 
 
-def measure_hellaswag(run):
+def measure_hellaswag(run, limit=None):
     """Accuracy by summed log-probability, and its standard error."""
-    source = run.config.hellaswag
-    examples = read_examples(
-        None if source == "own" else source, run.config.hellaswag_limit
-    )
+    source = None if run.config.hellaswag == "own" else run.config.hellaswag
+    examples = read_examples(source, limit or run.config.hellaswag_limit)
     run.model.eval()
     with run.cast():
         predictions = score(run.model, load_tokenizer(run), examples)
@@ -975,13 +974,14 @@ def draw_curves(folder, info, more=None, figure=None):
             ax.axhline(nats, color="0.4", lw=1, ls="--", zorder=0)
             where = dict(xycoords=("axes fraction", "data"), fontsize=9)
             text = f"{name} {nats:.2f}"
-            ax.annotate(text, (1, nats), ha="right", va="bottom", **where)
+            ax.annotate(text, (1.01, nats), va="center", **where)
         low, high = ax.get_ylim()
         ticks = [t for t in (0.7, 1, 1.5, 2, 3, 4, 5, 6, 8) if low < t < high]
         ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.set(xlabel="tokens", ylabel="nats a token")
-        ax.legend(loc="upper center")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure
 
 
@@ -1074,6 +1074,8 @@ def carry_out(run, signals):
     """Train a prepared run to its end, or to a signal."""
     on_rank_zero(run.ranks, open_recorder, run)
     try:
+        if run.config.hellaswag:  # better wrong now than after an hour
+            on_rank_zero(run.ranks, measure_hellaswag, run, 2)
         ended = loop(run, signals)
         if not ended:
             say(run.ranks, f"stopped at step {run.step:,}: --resume goes on")

@@ -34,10 +34,10 @@ OPTIONS = {
 }
 
 
-def tiny_data(folder):
+def tiny_data(folder, seed=0):
     """A data folder of some 5,500 tokens in 280 different ones."""
     words = "the a red blue cat dog sees finds under over house tree".split()
-    draw = random.Random(0)
+    draw = random.Random(seed)
     text = " ".join(draw.choice(words) for _ in range(3000))
     (folder / "tiny.txt").write_text(text)
     files = [folder / "tiny.txt"]

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# `make train`: from nothing to a trained LLaMA, the whole way on one page.
+#
+# DATA and RUN choose other folders. A run that was stopped goes on; a finished
+# one only shows its results again: remove RUN to train anew.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+DATA=${DATA:-data/docs}
+RUN=${RUN:-runs/laptop}
+
+show() { # print a command, then run it
+  printf '\n$ %s\n' "$*"
+  "$@"
+}
+
+# 1. Text: the docstrings of Python and of ten packages installed here, cut
+#    into 2,048 different tokens. About a minute; later runs find it done.
+show python scripts/prepare.py --corpus docs --vocab-size 2048 --out "$DATA"
+
+# 2. Training: two ranks, a LLaMA of 1.07 million parameters.
+show env NPROC=2 scripts/train_ddp.sh --preset laptop \
+  --data "$DATA" --out "$RUN" --resume \
+  --optimizer muon --learning-rate 4e-3 --dtype auto
+
+# 3. What came out.
+cat <<TEXT
+
+$RUN/curves.png   the losses and their floors
+$RUN/model        a folder that transformers loads; to go on with it:
+    .venv/bin/python scripts/sample.py --model $RUN/model --prompt "Return the"
+TEXT
