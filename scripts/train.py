@@ -66,7 +66,7 @@ def build_parser():
             if field.name == "model":  # what the second group fills
                 continue
             text = field.metadata["help"].replace("%", "%%")
-            if config is TrainConfig:
+            if config is TrainConfig and field.default not in ("", None):
                 text += f" (default: {field.default})"
             group.add_argument(
                 flag(field.name),

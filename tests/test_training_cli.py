@@ -3,7 +3,9 @@
 import os
 import re
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,6 +71,53 @@ def test_ranks_do_not_change_the_losses(data, unbroken, tmp_path, ranks):
     assert len(alone) == 16
     last = [metrics(run)[-1]["val_loss"] for run in (unbroken, options["out"])]
     assert last[0] == pytest.approx(last[1], abs=1e-5)
+
+
+def test_two_machines(data, unbroken, tmp_path):
+    """Both on this one: a torchrun each, joined over a port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    options = {"data": data, "out": tmp_path / "run", **OPTIONS}
+    nodes = [start(options, 1, NODE_RANK=str(i), **where) for i in (0, 1)]
+    ends = [finish(node) for node in nodes]
+    assert [(code, err) for code, _, err in ends] == 2 * [(0, "")]
+    assert "step 16: validation" in ends[0][1] and ends[1][1] == ""
+    assert losses(tmp_path / "run") == pytest.approx(
+        losses(unbroken), abs=1e-5
+    )
+
+
+def stub(folder, name, text):
+    """Put a program called `name` in front of the others."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_slurm_example(data, tmp_path):
+    """With stand-ins for Slurm's programs: trains, and queues again."""
+    stub(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/said')
+    stub(tmp_path, "srun", 'exec "$@"')
+    options = {"data": data, "out": tmp_path / "run", **OPTIONS, "steps": 2}
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+    }
+    process = start(options, 2, "train_slurm.sh", **environment)
+    code, out, err = finish(process)
+    assert (code, err) == (0, "") and "starting at step 0" in out
+    assert (tmp_path / "said").read_text() == "show hostnames here\n"
+    stub(tmp_path, "srun", "exit 0")  # stopped by SIGTERM before the end
+    options["out"] = tmp_path / "other"
+    code, _, _ = finish(start(options, 2, "train_slurm.sh", **environment))
+    assert code == 0
+    assert (tmp_path / "said").read_text().endswith("requeue 7\n")
 
 
 def test_kill_twice_and_resume_bit_for_bit(data, tmp_path):
@@ -199,6 +248,22 @@ def test_bad_input_is_one_line(
     assert err.startswith("error: ") and len(err.splitlines()) == 1
     left = {path.name for path in tmp_path.rglob("*")} - {".lock", "run"}
     assert left == {"FILE"}
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "empty", "missing"])
+def test_damaged_shard_is_one_line(data, tmp_path, monkeypatch, capsys, how):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    shard = copy / "train_00000.bin"
+    content = bytearray(shard.read_bytes())
+    if how == "flip":
+        content[-9] ^= 1
+    keep = {"cut": -3, "flip": None, "empty": 0, "missing": 0}[how]
+    shard.write_bytes(content[:keep])
+    if how == "missing":
+        shard.unlink()
+    options = {"data": copy, "out": tmp_path / "run", **OPTIONS}
+    code, err = train_here(monkeypatch, capsys, options)
+    assert code == 2 and len(err.splitlines()) == 1 and str(shard) in err
 
 
 def test_llama3_8b_says_what_is_lacking(data, tmp_path, monkeypatch, capsys):

@@ -68,18 +68,18 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in metrics(folder)}
 
 
-def start(options, ranks=None, **kwargs):
+def start(options, ranks=None, script="train_ddp.sh", **environment):
     """Start scripts/train.py, or train_ddp.sh with so many ranks."""
-    script = "train.py" if ranks is None else "train_ddp.sh"
-    program = sys.executable if ranks is None else "bash"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NPROC": str(ranks)}
+    command = ["bash", str(ROOT / "scripts" / script)]
+    if ranks is None:
+        command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    environment = {"OMP_NUM_THREADS": "1", "NPROC": str(ranks), **environment}
     return subprocess.Popen(
-        [program, str(ROOT / "scripts" / script), *flags(options)],
+        [*command, *flags(options)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
-        **kwargs,
+        env={**os.environ, **environment},
     )
 
 
