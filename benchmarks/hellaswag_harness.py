@@ -51,7 +51,10 @@ def answers(samples):
     rows = []
     for sample in sorted(samples, key=lambda s: s["doc_id"]):
         sums = [float(r[0]) for r in sample["filtered_resps"]]
-        chars = [s / len(c) for s, c in zip(sums, sample["doc"]["choices"])]
+        chars = [
+            s / len(c)
+            for s, c in zip(sums, sample["doc"]["choices"], strict=True)
+        ]
         label = int(sample["doc"]["label"])
         row = {
             "index": sample["doc"]["ind"],
