@@ -62,7 +62,9 @@ def attend_block(q, k, v, mask=None):
 
 def join(pieces):
     """Tensors [..., t, C] of some lengths t in a row; one is not copied."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+    if len(pieces) == 1:
+        return pieces[0]  # [..., C]
+    return torch.cat(pieces, dim=2)  # [..., C]
 
 
 def attend(q, k, v, mask=None):

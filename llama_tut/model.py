@@ -91,7 +91,7 @@ def first_pass(h, weight, targets, tiles):
         part = logits.logsumexp(-1, keepdim=True)  # [R, 1]
         normaliser = torch.logaddexp(normaliser, part)  # [R, 1]
         right = right + here * logits.gather(1, place)  # [R, 1]
-    return normaliser, right, last
+    return normaliser, right, last  # [R, 1], [R, 1]
 
 
 def second_pass(h, weight, targets, tiles, normaliser, last, weights, sums):
@@ -136,7 +136,7 @@ class HeadLoss(torch.autograd.Function):
         for i in range(0, len(hidden), R):
             rows = slice(i, i + R)
             part = (hidden[rows].to(dtype), weight, targets[rows, None], tiles)
-            n, right, last = first_pass(*part)
+            n, right, last = first_pass(*part)  # [R, 1], [R, 1]
             total = total + ((n - right) * weights[rows]).sum()  # []
             if wanted:
                 grad[rows] = second_pass(*part, n, last, weights[rows], sums)
@@ -147,8 +147,10 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         """gradient [] -> those of hidden [B*T, D] and weight [V, D]."""
-        grad, sums = ctx.saved_tensors
-        return grad.mul_(gradient), sums.mul_(gradient), None, None, None
+        grad, sums = ctx.saved_tensors  # [B*T, D], [V, D]
+        grad.mul_(gradient)
+        sums.mul_(gradient)
+        return grad, sums, None, None, None  # [B*T, D], [V, D]
 
 
 def head_loss(hidden, weight, targets):
