@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from llama_tut.config import InputError
+from llama_tut.tokens import write_json
 
 # Random states
 
@@ -79,11 +80,6 @@ def flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_json(path, value):
-    """Write `value` as JSON that people can read."""
-    Path(path).write_text(json.dumps(value, indent=1) + "\n")
 
 
 # Was it written, and is it still that?

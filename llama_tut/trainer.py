@@ -185,17 +185,17 @@ SHAPES = {
 
 COLUMNS = (
     "shape sequence_length micro_batch_size tokens_per_step steps "
-    "learning_rate eval_every checkpoint_every"
+    "learning_rate eval_every eval_rows checkpoint_every"
 ).split()
 ROWS = {
-    "laptop": ("1m", 128, 4, 1_024, 4_000, 3e-3, 500, 500),
-    "24gb": ("124m", 1024, 8, 524_288, 19_073, 6e-4, 250, 250),
-    "24gb-350m": ("350m", 1024, 4, 524_288, 19_073, 3e-4, 250, 250),
-    "h100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 250),
-    "h100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 250),
-    "8xh100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 1_000),
-    "8xh100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 1_000),
-    "llama3-8b": ("8b", 8192, 1, 524_288, 19_073, 3e-4, 250, 1_000),
+    "laptop": ("1m", 128, 4, 1_024, 4_000, 3e-3, 1_000, 2_048, 500),
+    "24gb": ("124m", 1024, 8, 524_288, 19_073, 6e-4, 250, 512, 250),
+    "24gb-350m": ("350m", 1024, 4, 524_288, 19_073, 3e-4, 250, 512, 250),
+    "h100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 512, 250),
+    "h100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 512, 250),
+    "8xh100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 512, 1_000),
+    "8xh100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 512, 1_000),
+    "llama3-8b": ("8b", 8192, 1, 524_288, 19_073, 3e-4, 250, 64, 1_000),
 }
 
 
@@ -744,9 +744,9 @@ def announce(config, info, ranks, build_model):
     for line in (
         f"{N:,} parameters, {config.steps:,} steps, {tokens:,} tokens: "
         f"{epochs:.2f} epochs of {config.data}",
-        f"{ranks.world_size} ranks on {ranks.device.type} x {k} micro batches "
-        f"x {config.micro_batch_size} rows x {T} tokens = "
-        f"{config.tokens_per_step:,} tokens a step, in {dtype}",
+        f"a step: ranks {ranks.world_size} x micro batches {k} x rows "
+        f"{config.micro_batch_size} x tokens {T} = "
+        f"{config.tokens_per_step:,} tokens, on {ranks.device.type}, {dtype}",
         f"memory of a rank: {gigabytes(total)} of {gigabytes(room)}: {parts}",
     ):
         say(ranks, line)
@@ -988,7 +988,10 @@ def draw_curves(folder, info, more=None, figure=None):
 def report(run, nats):
     """Print the validation loss beside its floors."""
     table = {"this model": nats, **floors(run.info)}
-    say(run.ranks, f"\n{'validation':12}nats a token  bits a byte")
+    all_rows = len(run.validation)
+    rows = min(run.config.eval_rows, all_rows)
+    say(run.ranks, f"\nvalidation text, {rows:,} of {all_rows:,} rows:")
+    say(run.ranks, f"{'':12}nats a token  bits a byte")
     for name, value in table.items():
         bits = run.info.bits_per_byte(value)
         say(run.ranks, f"{name:12}{value:12.4f}{bits:13.4f}")
