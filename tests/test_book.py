@@ -83,7 +83,8 @@ class Page(HTMLParser):
 def html(tmp_path_factory):
     """The rendered book, built as `make book` builds it."""
     out = tmp_path_factory.mktemp("book")
-    command = [sys.executable, "-m", "jupyter_book", "build", "."]
+    tool = Path(sys.executable).with_name("jupyter-book")
+    command = [str(tool), "build", "."]
     command += ["--toc", "book/_toc.yml", "--config", "_config.yml"]
     command += ["--path-output", str(out), "-W", "--keep-going"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
