@@ -49,7 +49,7 @@ from llama_tut.distributed import (
 from llama_tut.generate import generate
 from llama_tut.hellaswag import accuracy, read_examples, score
 from llama_tut.loader import ShardLoader
-from llama_tut.model import LlamaForCausalLM, initialize
+from llama_tut.model import LlamaForCausalLM, flops_per_token, initialize
 from llama_tut.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -188,7 +188,7 @@ COLUMNS = (
     "learning_rate eval_every eval_rows checkpoint_every"
 ).split()
 ROWS = {
-    "laptop": ("1m", 128, 4, 1_024, 4_000, 3e-3, 1_000, 2_048, 500),
+    "laptop": ("1m", 128, 4, 1_024, 3_000, 3e-3, 1_000, 2_048, 500),
     "24gb": ("124m", 1024, 8, 524_288, 19_073, 6e-4, 250, 512, 250),
     "24gb-350m": ("350m", 1024, 4, 524_288, 19_073, 3e-4, 250, 512, 250),
     "h100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 512, 250),
@@ -738,12 +738,14 @@ def announce(config, info, ranks, build_model):
     plan = memory_plan(config, model, ranks.device, dtype)
     N = sum(p.numel() for p in model.parameters())
     tokens = config.steps * config.tokens_per_step
-    epochs = tokens / info.train_tokens
+    epochs, work = tokens / info.train_tokens, ""
+    if isinstance(model.config, LlamaConfig):
+        work = f", {tokens * flops_per_token(model.config, T):.3g} FLOPs"
     room, total = capacity(ranks.device), sum(plan.values())
     parts = ", ".join(f"{n} {gigabytes(b)}" for n, b in plan.items() if b)
     for line in (
         f"{N:,} parameters, {config.steps:,} steps, {tokens:,} tokens: "
-        f"{epochs:.2f} epochs of {config.data}",
+        f"{epochs:.2f} epochs of {config.data}{work}",
         f"a step: ranks {ranks.world_size} x micro batches {k} x rows "
         f"{config.micro_batch_size} x tokens {T} = "
         f"{config.tokens_per_step:,} tokens, on {ranks.device.type}, {dtype}",
@@ -887,7 +889,23 @@ def one_step(run, signals):
     line = {"step": run.step, "loss": loss, "lr": rate}
     line |= {"grad_norm": norm.item(), "tokens_per_second": round(speed, 1)}
     line |= {"tokens": run.step * config.tokens_per_step}
+    if (peak := peak_flops(device)) and isinstance(
+        run.model.config, LlamaConfig
+    ):
+        work = flops_per_token(run.model.config, config.sequence_length)
+        line["mfu"] = speed * work / (peak * run.ranks.world_size)
     return line, wish > 0
+
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
+
+
+def peak_flops(device):
+    """FLOPs a second of a GPU in bfloat16; None when it is not in PEAKS."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
 def measure(run):

@@ -232,7 +232,7 @@ def train_here(monkeypatch, capsys, options):
         ({"max_position_embeddings": 8}, "--sequence-length 32 is longer"),
         ({"rope_scaling": "{"}, "not a RopeScaling"),
         ({"hidden_size": 10**6, "head_dim": 64}, "a rank needs"),
-        ({"sequence_length": 4096, "tokens_per_step": 8192}, "rows of 4096"),
+        ({"sequence_length": 4096, "tokens_per_step": 8192}, "take more text"),
         ({"resume": True, "out": "FILE"}, "File exists"),
         ({"out": "FILE/run"}, "Not a directory"),
     ],
