@@ -23,6 +23,10 @@ show env NPROC=2 scripts/train_ddp.sh --preset laptop \
   --optimizer muon --learning-rate 4e-3 --dtype auto
 
 # 3. What came out.
+if [ ! -d "$RUN/model" ]; then
+  echo "stopped before the end: the same command goes on"
+  exit
+fi
 cat <<TEXT
 
 $RUN/curves.png   the losses and their floors
