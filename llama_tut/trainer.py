@@ -832,9 +832,17 @@ def resume(run):
             raise InputError(f"rank {ranks.rank} does not see {path}")
         state = json.loads((path / "state.json").read_text())
         check_same(path, state, run)
+        if state["step"] > run.config.steps:
+            raise InputError(
+                f"--steps {run.config.steps}: {path} is further already"
+            )
         load_checkpoint(path, run.model, run.optimizer, ranks.rank)
     run.step, run.loader.position = state["step"], state["position"]
     say(ranks, f"resumed at step {run.step:,} from {path}")
+    for name, new in asdict(run.config).items():
+        old = state["config"].get(name)
+        if old != new and name not in ("data", "out", "resume"):
+            say(ranks, f"{flag(name)} was {old}, from here on it is {new}")
 
 
 def save(run):
@@ -1054,7 +1062,7 @@ def finish(run, ended):
             curves = draw_curves(folder, run.info)
             curves.savefig(folder / "curves.png", dpi=150)
         if ended:
-            report(run, lines[-1]["val_loss"])
+            report(run, lines[-1].get("val_loss", math.nan))
             write_samples(run)
             save_pretrained(run.model, folder / "model", load_tokenizer(run))
             say(run.ranks, f"\nwrote {folder / 'model'}")

@@ -286,7 +286,7 @@ def test_resume_takes_the_options_of_the_start(config):
         configure({"out": config.out, "resume": True, "preset": "h100"})
 
 
-def test_a_resumed_run_must_be_the_same_run(config, tmp_path):
+def test_a_resumed_run_must_be_the_same_run(config, tmp_path, capsys):
     with pytest.raises(Crash):
         train(config, crashing(8 * 5))
     config = replace(config, resume=True)
@@ -305,6 +305,9 @@ def test_a_resumed_run_must_be_the_same_run(config, tmp_path):
         assert "\n" not in str(error.value)
         assert (Path(config.out) / "metrics.jsonl").read_bytes() == before
     train(replace(config, micro_batch_size=8, learning_rate=5e-3, samples=0))
+    said = capsys.readouterr().out.splitlines()
+    assert "--learning-rate was 0.01, from here on it is 0.005" in said
+    assert not any(line.startswith("--seed") for line in said)
 
 
 def test_damaged_checkpoint_is_skipped_and_said(config, capsys):
@@ -326,6 +329,10 @@ def test_a_finished_run_can_be_finished_again(config, capsys):
     first = train(config)
     assert train(replace(config, resume=True)) == first
     assert len(metrics(config.out)) == 16
+    with pytest.raises(InputError, match="--steps 15: .* further already"):
+        train(replace(config, resume=True, steps=15))
+    last = train(replace(config, resume=True, steps=18))
+    assert last["step"] == 18 and len(metrics(config.out)) == 18
 
 
 def test_metrics_cut_off_in_a_line(config):
