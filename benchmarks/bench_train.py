@@ -98,7 +98,7 @@ def race(runners, rounds, warm_up=2):
     for number in range(rounds + warm_up):
         ids = torch.randint(CONFIG.vocab_size, (B, T + 1), generator=random)
         for runner in runners:
-            runner.step(ids[:, :-1], ids[:, 1:])
+            runner.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         print(f"round {number + 1} of {rounds + warm_up}", flush=True)
     for runner in runners:
         runner.seconds = runner.seconds[warm_up:]
