@@ -6,7 +6,6 @@ Letters: W ranks, N parameters.
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from llama_tut.config import InputError
 from llama_tut.tokens import write_json
+from llama_tut.weights import flush
 
 # Random states
 
@@ -68,18 +68,6 @@ def set_optimizer_tensors(model, optimizer, tensors):
         state.setdefault(number[name], {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-# All or nothing
-
-
-def flush(path):
-    """Wait until the file or folder at `path` is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Was it written, and is it still that?
