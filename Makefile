@@ -4,7 +4,7 @@ PY := .venv/bin/python
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test book export execute check bench clean
+.PHONY: help train test book export execute exercises check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ export: .venv ## write llama_tut/*.py from the notebooks
 
 execute: .venv ## format and run every notebook in place (NB=notebooks/03_rmsnorm.ipynb: one)
 	@$(PY) scripts/execute.py $(or $(NB),$(wildcard notebooks/*.ipynb))
+
+exercises: .venv ## list the exercises; each checker must pass the solution and catch wrong answers
+	@$(PY) scripts/exercises.py
 
 check: .venv ## the quick half of the tests: formatting, export, names
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) scripts/export.py --check

@@ -43,6 +43,9 @@ def tidy(nb, stem):
             for key in ("mystnb", "tags")
             if key in cell.metadata
         }
+        if "solution" in cell.metadata.get("tags", []):
+            # JupyterLab folds it; in the book a dropdown does.
+            cell.metadata["jupyter"] = {"source_hidden": True}
     return nb
 
 

@@ -1,0 +1,108 @@
+"""List every exercise, and prove its checker on the solution and on wrong answers.
+
+python scripts/exercises.py             every chapter
+python scripts/exercises.py 03_rmsnorm  one
+
+Exits 1 where a chapter has fewer than two exercises, a checker refuses the
+chapter's solution, or it lets a wrong answer pass or gives it the wrong hint.
+"""
+
+import sys
+from importlib import import_module
+
+import nbformat
+from cli import Parser, run
+from export import modules
+
+from llama_tut import exercises
+from llama_tut.config import InputError
+
+LEAST = 2  # exercises a chapter, and wrong answers an exercise
+
+
+def tagged(notebook, tag):
+    """The sources of the cells with that tag."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return [c.source for c in cells if tag in c.metadata.get("tags", [])]
+
+
+def solutions(notebook, module):
+    """{exercise: verdict}: what its checker says of the folded solution.
+
+    A solution cell sees the names of its chapter's module, and `check`.
+    """
+    said = {}
+
+    def record(name, answer):
+        said[name] = exercises.verdict(name, answer)
+
+    space = vars(import_module(f"llama_tut.{module}"))
+    for source in tagged(notebook, "solution"):
+        exec(source, {**space, "__name__": "solution", "check": record})
+    return said
+
+
+def faults(notebook, module):
+    """Print the exercises of one chapter; return what is wrong with them."""
+    found = []
+    try:
+        import_module(f"llama_tut.exercises.{module}")
+    except ModuleNotFoundError:
+        return [f"{notebook.stem}: no exercises"]
+    names = [n for n in exercises.EXERCISES if n.split(".")[0] == module]
+    if len(names) < LEAST:
+        found.append(f"{notebook.stem}: {len(names)} exercises, not {LEAST}")
+    solved = solutions(notebook, module)
+    for name in sorted({*solved, *names}):
+        if name not in names or name not in solved:
+            found.append(f"{name}: exercise without solution, or the reverse")
+    for name in names:
+        found += report(notebook, name, solved.get(name))
+    return found
+
+
+def report(notebook, name, solved):
+    """Print one exercise; return what is wrong with it."""
+    one = exercises.EXERCISES[name]
+    found = []
+    checker = f"{one.checker.__module__}.{one.checker.__name__}"
+    print(f"{notebook.stem}  {name}  ({checker})")
+    print(f"    solution: {solved}")
+    if solved != "right":
+        found.append(f"{name}: the solution gets {solved!r}")
+    if len(one.wrong) < LEAST:
+        found.append(f"{name}: {len(one.wrong)} wrong answers, not {LEAST}")
+    for answer, hint in one.wrong:
+        said = exercises.verdict(name, answer)
+        print(f"    {answer.__name__}: {said}")
+        if said == "right":
+            found.append(f"{name}: {answer.__name__} passes")
+        elif hint not in said:
+            found.append(f"{name}: {answer.__name__} is not told {hint!r}")
+    return found
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "chapters", nargs="*", help="as 03_rmsnorm (default: every chapter)"
+    )
+    args = parser.parse_args()
+    table = {n.stem: (n, module.stem) for n, module in modules().items()}
+    unknown = set(args.chapters) - set(table)
+    if unknown:
+        raise InputError(
+            f"no chapter {', '.join(sorted(unknown))}: "
+            f"choose from {', '.join(table)}"
+        )
+    found = []
+    for name in args.chapters or table:
+        found += faults(*table[name])
+    print(f"{len(exercises.EXERCISES)} exercises, {len(found)} faults")
+    for fault in found:
+        print(f"fault: {fault}", file=sys.stderr)
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    run(main)
