@@ -5,6 +5,7 @@ Letters: B batch, T time, W ranks, M rows of an epoch.
 """
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -124,47 +125,40 @@ def read_row(shards, ends, row, sequence_length):
     return shards[shard][at : at + sequence_length + 1]
 
 
+def read_rows(shards, ends, rows, sequence_length):
+    """The tokens of many rows, int64 [B, T + 1]."""
+    rows = [read_row(shards, ends, row, sequence_length) for row in rows]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T+1]
+
+
 # The class
 
 
+@dataclass(eq=False)
 class ShardLoader:
     """Rows of T + 1 tokens from the shards of a data folder.
-
-    `position` counts the rows that all ranks together have taken. Set it to
-    go elsewhere; nothing is read for that.
-
-    Args:
-        folder: made by `llama_tut.tokens.prepare`.
-        split: "train" or "val".
-        batch_size, sequence_length: B and T of a batch.
-        rank, world_size: our B of each W * B rows.
-        seed: of the order, which differs in every epoch.
-        shuffle: False keeps the order of the text.
 
     Raises:
         InputError: as `open_shards`; or fewer than W * B rows.
     """
 
-    def __init__(
-        self,
-        folder,
-        split,
-        batch_size,
-        sequence_length,
-        rank=0,
-        world_size=1,
-        seed=0,
-        shuffle=True,
-    ):
-        self.batch_size, self.sequence_length = batch_size, sequence_length
-        self.rank, self.world_size = rank, world_size
-        self.seed = seed if shuffle else None
-        self.position = 0
-        self.shards = open_shards(folder, split, rank, world_size)
-        self.ends = np.cumsum(
-            [(len(s) - 1) // sequence_length for s in self.shards]
-        )
-        check_rows(folder, split, len(self), world_size * batch_size)
+    folder: Path  #: made by `llama_tut.tokens.prepare`
+    split: str  #: "train" or "val"
+    batch_size: int  #: B of a batch
+    sequence_length: int  #: T of a batch
+    rank: int = 0  #: which B of each W * B rows are ours
+    world_size: int = 1  #: W
+    seed: int = 0  #: of the order, which differs in every epoch
+    shuffle: bool = True  #: False keeps the order of the text
+    position: int = 0  #: rows taken by all ranks; set it to go elsewhere
+
+    def __post_init__(self):
+        who = self.rank, self.world_size
+        self.shards = open_shards(self.folder, self.split, *who)
+        rows = [(len(s) - 1) // self.sequence_length for s in self.shards]
+        self.ends = np.cumsum(rows)
+        batch = self.world_size * self.batch_size
+        check_rows(self.folder, self.split, len(self), batch)
 
     def __len__(self):
         """M: rows of an epoch, of all ranks together."""
@@ -174,8 +168,8 @@ class ShardLoader:
         """This rank's next B rows -> inputs, targets, int64 [B, T] each."""
         start = self.position + self.rank * self.batch_size
         self.position += self.world_size * self.batch_size
-        rows = rows_at(start, self.batch_size, len(self), self.seed)
-        T = self.sequence_length
-        rows = [read_row(self.shards, self.ends, row, T) for row in rows]
-        batch = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T+1]
+        seed = self.seed if self.shuffle else None
+        rows = rows_at(start, self.batch_size, len(self), seed)
+        size = self.sequence_length
+        batch = read_rows(self.shards, self.ends, rows, size)  # [B, T+1]
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()

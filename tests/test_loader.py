@@ -1,7 +1,11 @@
 """The loader: every target once, whatever the number of ranks: chapter 12."""
 
+import gzip
 import json
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +181,29 @@ def test_ranks_share_the_checksums(tmp_path):
     ShardLoader(place, "train", 2, 8, rank=0, world_size=2)
     with pytest.raises(InputError, match="corrupted"):
         ShardLoader(place, "train", 2, 8, rank=1, world_size=2)
+
+
+def test_the_small_file_of_published_losses_can_be_made(tmp_path):
+    """From logs as learn-llm's, whose lines are `STEP train LOSS`."""
+    names = ("24_12_6_6e-04", "12_12_12_6e-4", "16_12_6_6e-4")
+    mixtral = "mix_16_layer({})_b(32)_gradacc({})_step(38146)"
+    names += (mixtral.format(10, 2), mixtral.format(12, 1))
+    for i, name in enumerate(names):
+        log = tmp_path / f"log_{name}" / "log.txt"
+        log.parent.mkdir()
+        log.write_text(f"0 val 9.9\n0 train {i}.123456\n1 train {i}.5\n")
+    root = Path(__file__).resolve().parent.parent
+    script = root / "benchmarks" / "published_losses.py"
+    command = [sys.executable, script, tmp_path, "--out", tmp_path]
+    subprocess.run(command, check=True)
+    made = gzip.decompress(
+        (tmp_path / "published_train_losses.csv.gz").read_bytes()
+    )
+    head, *rows = made.decode().splitlines()
+    assert rows == [
+        "0.123,3.123,1.123,2.123,4.123",
+        "0.500,3.500,1.500,2.500,4.500",
+    ]
+    carried = root / "notebooks" / "data" / "published_train_losses.csv.gz"
+    lines = gzip.decompress(carried.read_bytes()).decode().splitlines()
+    assert lines[0] == head and len(lines) == 1 + 38_146
