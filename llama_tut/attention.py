@@ -67,6 +67,33 @@ def join(pieces):
     return torch.cat(pieces, dim=2)  # [..., C]
 
 
+def causal_blocks(q, k, v, size):
+    """Causal attention by blocks of `size` queries, each with its keys.
+
+    Args and result as in `attend`, but q is over sqrt(C).
+    """
+    rows = q.split(size, dim=2)
+    ends = [block.shape[2] for block in rows]
+    ends[0] += k.shape[2] - q.shape[2]  # earlier tokens go to the first
+    keys, values = k.split(ends, dim=2), v.split(ends, dim=2)
+    blocks = [
+        attend_block(block, join(keys[:i]), join(values[:i]))
+        for i, block in enumerate(rows, start=1)
+    ]
+    return join(blocks)  # [B, H, T, C]
+
+
+def masked_blocks(q, k, v, mask, size):
+    """The same by the rule of `mask`; each block gets all keys."""
+    B, T, S = q.shape[0], q.shape[2], k.shape[2]
+    masks = mask.broadcast_to(B, 1, T, S).split(size, dim=2)
+    blocks = [
+        attend_block(block, k, v, part)
+        for block, part in zip(q.split(size, dim=2), masks, strict=True)
+    ]
+    return join(blocks)  # [B, H, T, C]
+
+
 def attend(q, k, v, mask=None):
     """Scaled dot product attention; shared keys are never repeated.
 
@@ -79,8 +106,7 @@ def attend(q, k, v, mask=None):
     Returns:
         [B, H, T, C] in the dtype of v.
     """
-    B, _, T, C = q.shape
-    S = k.shape[2]
+    T, S, C = q.shape[2], k.shape[2], q.shape[3]
     half = q.dtype in (torch.bfloat16, torch.float16)
     fused = half if q.is_cuda else not (half or torch.is_grad_enabled())
     if fused and mask is None and T == S:
@@ -89,35 +115,19 @@ def attend(q, k, v, mask=None):
         )  # [B, H, T, C]
     q = q * C**-0.5  # [B, H, T, C]
     size = max(32, -(-T // 8))  # rows of a block: at most 8 blocks
-    rows = q.split(size, dim=2)
-    if mask is not None:
-        masks = mask.broadcast_to(B, 1, T, S).split(size, dim=2)
-        blocks = [
-            attend_block(block, k, v, part)
-            for block, part in zip(rows, masks, strict=True)
-        ]
-    else:
-        ends = [block.shape[2] for block in rows]
-        ends[0] += S - T  # the first piece holds the earlier tokens too
-        keys, values = k.split(ends, dim=2), v.split(ends, dim=2)
-        blocks = [
-            attend_block(block, join(keys[:i]), join(values[:i]))
-            for i, block in enumerate(rows, start=1)
-        ]
-    return join(blocks)  # [B, H, T, C]
+    if mask is None:
+        return causal_blocks(q, k, v, size)  # [B, H, T, C]
+    return masked_blocks(q, k, v, mask, size)  # [B, H, T, C]
 
 
 # The class
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention with rotary positions.
+    """Grouped-query attention with rotary positions; config: `LlamaConfig`.
 
     Source: Ainslie et al., 2023 (arXiv 2305.13245); the names of the four
     matrices are those of transformers' `LlamaAttention`.
-
-    Args:
-        config: a `LlamaConfig`.
     """
 
     def __init__(self, config):
@@ -135,7 +145,7 @@ class LlamaAttention(nn.Module):
 
         Args:
             x: the normed stream at the T newest positions.
-            cos, sin: tables of `LlamaRotaryEmbedding` for those positions.
+            cos, sin: tables of `LlamaRotaryEmbedding` for them.
             attention_mask: bool, True = may read, broadcastable to
                 [B, 1, T, S]; it is the whole rule. None: causal.
             cache: None, or one layer's cache. Its `update(k, v)` appends and
