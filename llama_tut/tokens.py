@@ -284,17 +284,14 @@ READERS = {
 def find_files(paths):
     """Files, folders and glob patterns -> the files, in order."""
     found = []
-    for path in map(str, paths):
-        files = [Path(name) for name in sorted(glob.glob(path))]
-        if Path(path).is_dir():
-            inside = sorted(p for p in Path(path).rglob("*") if p.is_file())
-            files = [p for p in inside if p.suffix in READERS]
-        elif Path(path).exists():
-            files = [Path(path)]
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = [p for p in path.rglob("*") if p.suffix in READERS]
+        else:
+            files = [path, *map(Path, glob.glob(str(path)))]
+        files = sorted({p for p in files if p.is_file()})
         if not files:
-            kinds = (
-                f" with {', '.join(READERS)}" if Path(path).is_dir() else ""
-            )
+            kinds = f" with {', '.join(READERS)}" if path.is_dir() else ""
             raise InputError(f"{path}: no such file{kinds}")
         found += files
     for path in found:
@@ -340,15 +337,10 @@ def by_tail(read, share):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in parts that can each be read from its beginning.
+    """Documents in parts that can each be read from its beginning."""
 
-    Args:
-        source: a text that changes when the corpus does.
-        parts: functions that return an iterator of (split, text).
-    """
-
-    source: str
-    parts: list
+    source: str  #: a text that changes when the corpus does
+    parts: list  #: functions that return an iterator of (split, text)
 
     def documents(self):
         """(split, text) of all documents, always in the same order."""
@@ -647,39 +639,23 @@ LAYOUT = struct.Struct("<8sIIQIIQ32s32s24x")  # 128 bytes
 
 @dataclass(frozen=True)
 class Shard:
-    """The header of a shard: how to read the rest.
+    """The header of a shard: how to read the rest."""
 
-    Args:
-        dtype: "uint16", or "uint32" where V is above 65,536.
-        count: number of tokens.
-        vocab_size: V; every id is below it.
-        bytes: UTF-8 length of the text that was added for this shard.
-        tokenizer: `digest` of tokenizer.json.
-        checksum: `digest` of header (with zeros here) and tokens.
-    """
-
-    dtype: str
-    count: int
-    vocab_size: int
-    bytes: int
-    tokenizer: str
-    checksum: str = "00" * 32
+    dtype: str  #: "uint16", or "uint32" where V is above 65,536
+    count: int  #: number of tokens
+    vocab_size: int  #: V; every id is below it
+    bytes: int  #: UTF-8 length of the text that was added for this shard
+    tokenizer: str  #: `digest` of tokenizer.json
+    checksum: str = "00" * 32  #: `digest` of header (zeros here) and tokens
     version: int = VERSION
 
 
 def pack_header(shard):
     """A `Shard` as 128 bytes, little-endian."""
-    return LAYOUT.pack(
-        MAGIC,
-        shard.version,
-        np.dtype(shard.dtype).itemsize,
-        shard.count,
-        shard.vocab_size,
-        0,
-        shard.bytes,
-        bytes.fromhex(shard.tokenizer),
-        bytes.fromhex(shard.checksum),
-    )
+    width = np.dtype(shard.dtype).itemsize
+    numbers = shard.version, width, shard.count, shard.vocab_size, 0
+    names = bytes.fromhex(shard.tokenizer), bytes.fromhex(shard.checksum)
+    return LAYOUT.pack(MAGIC, *numbers, shard.bytes, *names)
 
 
 def write_shard(path, tokens, vocab_size, tokenizer, text_bytes):
