@@ -17,11 +17,7 @@ from llama_tut.rope import LlamaRotaryEmbedding
 
 
 class LlamaModel(nn.Module):
-    """The model without its head: token ids to normalised stream.
-
-    Args:
-        config: a `LlamaConfig`.
-    """
+    """Without the head: ids to normalised stream; config: `LlamaConfig`."""
 
     def __init__(self, config):
         super().__init__()
@@ -40,12 +36,10 @@ class LlamaModel(nn.Module):
             position_ids = torch.arange(ids.shape[1], device=ids.device)  # [T]
             position_ids = position_ids + start  # [T]
         x = self.embed_tokens(ids)  # [B, T, D]
-        cos, sin = self.rotary_emb(
-            position_ids
-        )  # [..., T, C/2], [..., T, C/2]
+        tables = self.rotary_emb(position_ids)  # cos and sin
         caches = [None] * len(self.layers) if cache is None else cache
         for layer, held in zip(self.layers, caches, strict=True):
-            x = layer(x, cos, sin, attention_mask, held)  # [B, T, D]
+            x = layer(x, *tables, attention_mask, held)  # [B, T, D]
         return self.norm(x)  # [B, T, D]
 
 
@@ -201,18 +195,14 @@ def initialize(model, generator=None):
 
 
 class LlamaForCausalLM(nn.Module):
-    """LLaMA: token ids to logits, or to the loss; names as transformers'.
-
-    Args:
-        config: a `LlamaConfig`.
-    """
+    """LLaMA: token ids to logits, or to the loss; config: `LlamaConfig`."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
+        D, V = config.hidden_size, config.vocab_size
         if not config.tie_word_embeddings:
-            D, V = config.hidden_size, config.vocab_size
             self.lm_head = nn.Linear(D, V, bias=False)
         initialize(self)
 
@@ -234,17 +224,13 @@ class LlamaForCausalLM(nn.Module):
         """input_ids [B, T] -> logits [B, T, V], or with targets the loss [].
 
         Args:
-            position_ids: [T] or [B, T]; default: 0, 1, ..., or on from
-                cache[0].length.
-            attention_mask: bool, True = may read, broadcastable to
-                [B, 1, T, S]; default: each token reads those before it.
+            position_ids: [T] or [B, T]; default: from cache[0].length or 0.
+            attention_mask: as in `LlamaAttention`; default: causal.
             cache: a list with one object for each layer (chapter 10).
-            targets: [B, T], the token that follows each input token; -100
-                does not count. See `head_loss`.
+            targets: [B, T], the next tokens; -100 does not count.
         """
-        x = self.model(
-            input_ids, position_ids, attention_mask, cache
-        )  # [B, T, D]
+        how = position_ids, attention_mask, cache
+        x = self.model(input_ids, *how)  # [B, T, D]
         if targets is not None:
             return head_loss(x, self.output_weight, targets)  # []
         return F.linear(x, self.output_weight)  # [B, T, V]
