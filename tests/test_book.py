@@ -1,17 +1,25 @@
 """The contents, the README's chapter table and the rendered pages agree with the notebooks."""
 
+import ast
 import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urldefrag
 
+import nbformat
 import pytest
 import yaml
+from docutils import nodes
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "book" / "_ext"), str(ROOT / "book")]
+import llama_book  # noqa: E402
+import map as book_map  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 STEMS = sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb"))
@@ -59,6 +67,56 @@ def test_the_modules_page_lists_every_module():
     page = (ROOT / "book" / "modules.md").read_text()
     listed = re.findall(r"automodule:: llama_tut\.(\w+)", page)
     assert listed == [stem.split("_", 1)[1] for stem in STEMS]
+
+
+def test_notation_covers_every_letter():
+    page = (ROOT / "book" / "notation.md").read_text()
+    explained = set(re.findall(r"^\| ([A-Z]) \|", page, re.M))
+    for path in sorted((ROOT / "llama_tut").glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        used = set(re.findall(r"\b[A-Z]\b", text.partition("Letters:")[2]))
+        shapes = re.findall(r"# (\[[^\]]*\])$", path.read_text(), re.M)
+        used |= set(re.findall(r"\b[A-Z]\b", " ".join(shapes)))
+        assert used <= explained, (path.name, used - explained)
+
+
+def test_each_word_of_the_glossary_has_its_chapter():
+    page = (ROOT / "book" / "glossary.md").read_text()
+    body = page.partition("```{glossary}")[2].partition("```")[0]
+    entries = re.findall(r"^(\S.*)\n((?:  .*\n)+)", body, re.M)
+    words = [word.lower() for word, _ in entries]
+    assert words == sorted(words) and len(words) == len(set(words))
+    assert len(words) > 80
+    for word, text in entries:
+        assert re.search(r"\]\([^)]+\.ipynb\)\.$", text.strip()), word
+
+
+def test_the_map_is_what_its_script_draws():
+    drawn = (ROOT / "book" / "_static" / "map.svg").read_text()
+    assert drawn == book_map.svg(), "run: python book/map.py"
+    shown = [stem for *_, stem, _ in book_map.CHAPTERS + book_map.AROUND]
+    assert sorted(shown) == STEMS
+    for *_, stem, text in book_map.CHAPTERS + book_map.AROUND:
+        assert text.startswith(f"{int(stem[:2])} ")
+
+
+def test_the_museum_shows_every_fault():
+    museum = nbformat.read(ROOT / "book" / "museum.ipynb", as_version=4)
+    shown = "".join(
+        output.get("data", {}).get("text/markdown", "")
+        for cell in museum.cells
+        for output in cell.get("outputs", [])
+    )
+    faults = 0
+    for stem in STEMS:
+        cells = nbformat.read(
+            ROOT / "notebooks" / f"{stem}.ipynb", as_version=4
+        ).cells
+        for cell in cells:
+            faults += len(re.findall("^\\| fault \\| ", cell.source, re.M))
+    assert shown.count("| fault | ") == faults, (
+        "run: python scripts/execute.py book/museum.ipynb"
+    )
 
 
 class Page(HTMLParser):
@@ -130,6 +188,67 @@ def test_exported_cells_name_their_file(pages, html):
         text = (html / "notebooks" / f"{stem}.html").read_text()
         assert f">llama_tut/{module}.py</a>" in text
         assert (html / "_modules" / "llama_tut" / f"{module}.html").exists()
+
+
+def test_names_in_the_text_lead_to_their_entries(html):
+    """Inline code that names a public object is a link, and its target exists."""
+    modules = Page((html / "book" / "modules.html").read_text())
+    found = {}
+    for path in [*html.glob("notebooks/*.html"), *html.glob("book/*.html")]:
+        for link, name in re.findall(
+            r'<a [^>]*href="[^"]*modules\.html#([\w.]+)"[^>]*>\s*<code.*?>'
+            r"\s*<span[^>]*>([\w.]+)",
+            path.read_text(),
+        ):
+            assert link in modules.anchors
+            assert link.endswith("." + name), (path.name, link, name)
+            found.setdefault(path.stem, set()).add(name)
+    assert "find_pretrained" in found["01_config"]
+    assert "save_pretrained" in found["09_weights"]
+    assert "train_step" in found["16_trainer"]
+
+
+@pytest.mark.parametrize(
+    "text, docname, wanted",
+    [
+        ("`attend` does it", "notebooks/05_attention", True),
+        ("`attend` does it", "notebooks/07_block", False),  # any word
+        ("`attend(q, k, v)` does it", "notebooks/07_block", True),
+        ("one `LlamaAttention` a block", "notebooks/07_block", True),
+        ("`attention.LlamaAttention` too", "book/intro", True),
+        ("transformers' `LlamaAttention`", "notebooks/05_attention", False),
+        ("`LlamaAttention` of transformers", "notebooks/05_attention", False),
+        ("`no_such_name` and `config.json`", "notebooks/01_config", False),
+        ("two `forward` passes", "notebooks/05_attention", False),
+    ],
+)
+def test_which_names_are_linked(text, docname, wanted):
+    env = SimpleNamespace(get_domain=lambda name: DOMAIN)
+    builder = SimpleNamespace(get_relative_uri=lambda a, b: "modules.html")
+    before, literal, after = re.fullmatch("(.*?)`(.*?)`(.*)", text).groups()
+    doctree = nodes.paragraph("", "", nodes.Text(before or " "))
+    doctree += nodes.literal("", literal)
+    doctree += nodes.Text(after)
+    app = SimpleNamespace(env=env, builder=builder)
+    llama_book.link_names(app, doctree, docname)
+    assert bool(list(doctree.findall(nodes.reference))) == wanted
+
+
+def entry(kind, name):
+    return SimpleNamespace(
+        objtype=kind, docname="book/modules", node_id=f"llama_tut.{name}"
+    )
+
+
+DOMAIN = SimpleNamespace(
+    objects={
+        "llama_tut.attention": entry("module", "attention"),
+        "llama_tut.attention.attend": entry("function", "attention.attend"),
+        "llama_tut.attention.LlamaAttention": entry("class", "attention.L"),
+        "llama_tut.attention.LlamaAttention.forward": entry("method", "x"),
+        "other.find": entry("function", "x"),
+    }
+)
 
 
 def test_nothing_is_fetched_from_outside(html):

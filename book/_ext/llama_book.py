@@ -1,5 +1,10 @@
-"""What the book needs beside Jupyter Book: a label on exported cells, and maths offline."""
+"""What the book needs beside Jupyter Book.
 
+A label on exported cells, links from names in the text to the modules page,
+and maths offline.
+"""
+
+import re
 import shutil
 from pathlib import Path
 
@@ -26,6 +31,87 @@ def label_exported_cells(app, doctree, docname):
         cell.parent.insert(cell.parent.index(cell), label)
 
 
+def public_objects(env):
+    """{name: [(full name, page, anchor)]} of all that the modules page lists.
+
+    An object has two names: `rmsnorm.LlamaRMSNorm` and `LlamaRMSNorm`.
+    """
+    found = {}
+    for full, entry in env.get_domain("py").objects.items():
+        package, _, name = full.partition(".")
+        if package == "llama_tut" and name:
+            place = (full, entry.docname, entry.node_id)
+            names = {full, name}
+            if entry.objtype != "module":
+                names |= {name.partition(".")[2]}
+            for one in names - {""}:
+                found.setdefault(one, []).append(place)
+    return found
+
+
+def own_module(docname):
+    """The module that a chapter builds; None for other pages."""
+    folder, _, stem = docname.rpartition("/")
+    return f"llama_tut.{stem[3:]}." if folder == "notebooks" else None
+
+
+def find_object(literal, docname, objects):
+    """(full name, page, anchor) of the public object named, or None.
+
+    A name in several modules is that of the chapter at hand. A plain word such
+    as `score` means the function in its own chapter only, and there not in an
+    exercise, where it may be an argument.
+    """
+    own = own_module(docname)
+    name = re.sub(r"\(.*\)$", "", literal.astext())
+    places = objects.get(name, [])
+    here = [place for place in places if own and place[0].startswith(own)]
+    if re.fullmatch("[a-z]+", literal.astext()):
+        return here[0] if here and not in_exercise(literal) else None
+    return (here or (places if len(places) == 1 else [None]))[0]
+
+
+def in_exercise(node):
+    """Whether the node stands in an exercise's statement."""
+    while node.parent is not None:
+        node = node.parent
+        if "exercise" in node.get("classes", []):
+            return True
+    return False
+
+
+# "transformers' `LlamaAttention`" is not ours: words of one sentence.
+OTHER = r"(transformers|torch|PyTorch|nanoGPT)\b"
+BEFORE = re.compile(rf"\b{OTHER}[^.;]{{0,40}}$")
+AFTER = re.compile(rf"^ of {OTHER}")
+
+
+def link_names(app, doctree, docname):
+    """Make inline code that names a public object a link to its entry."""
+    objects = public_objects(app.env)
+    for literal in list(doctree.findall(nodes.literal)):
+        parent = literal.parent
+        if isinstance(parent, nodes.reference | nodes.title):
+            continue
+        place = find_object(literal, docname, objects)
+        if not place or place[1] == docname:
+            continue
+        index = parent.index(literal)
+        before = parent[index - 1].astext() if index else ""
+        after = parent[index + 1 : index + 2]
+        if BEFORE.search(before) or any(
+            AFTER.search(a.astext()) for a in after
+        ):
+            continue
+        full, page, anchor = place
+        uri = app.builder.get_relative_uri(docname, page) + f"#{anchor}"
+        link = nodes.reference(
+            "", "", internal=True, refuri=uri, reftitle=full
+        )
+        parent.replace(literal, link)
+        link += literal
+
+
 def drop_thebe(app, pagename, templatename, context, doctree):
     """Leave out thebe's scripts: nothing here runs in the page, and they log errors."""
     for key in ("script_files", "css_files"):
@@ -50,6 +136,7 @@ def copy_mathjax(app, error):
 
 def setup(app):
     app.connect("doctree-resolved", label_exported_cells)
+    app.connect("doctree-resolved", link_names)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
