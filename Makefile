@@ -4,7 +4,7 @@ PY := .venv/bin/python
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test book export execute exercises check bench clean
+.PHONY: help train test book export execute exercises address check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ execute: .venv ## format and run every notebook in place (NB=notebooks/03_rmsnor
 
 exercises: .venv ## list the exercises; each checker must pass the solution and catch wrong answers
 	@$(PY) scripts/exercises.py
+
+address: .venv ## say where the book lives: Colab and Binder (URL=https://github.com/OWNER/NAME)
+	@$(PY) scripts/address.py $(if $(filter undefined,$(origin URL)),,"$(URL)")
 
 check: .venv ## the quick half of the tests: formatting, export, names
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) scripts/export.py --check

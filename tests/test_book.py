@@ -251,6 +251,15 @@ DOMAIN = SimpleNamespace(
 )
 
 
+def test_without_an_address_there_is_no_launch_button(html):
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    if config["repository"]["url"]:
+        pytest.skip("this book has an address")
+    for path in html.glob("notebooks/*.html"):
+        for word in ("launch-buttons", "mybinder", "colab.research"):
+            assert word not in path.read_text(), (path.name, word)
+
+
 def test_nothing_is_fetched_from_outside(html):
     """Pages show without a network: scripts, styles and maths lie beside them."""
     for path in html.glob("notebooks/*.html"):
