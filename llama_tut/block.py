@@ -16,10 +16,8 @@ from llama_tut.rmsnorm import LlamaRMSNorm
 class LlamaDecoderLayer(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    Source: transformers' `LlamaDecoderLayer`, for names and order.
-
-    Args:
-        config: a `LlamaConfig`.
+    Names and order of transformers' `LlamaDecoderLayer`; config:
+    `LlamaConfig`.
     """
 
     def __init__(self, config):
@@ -35,10 +33,8 @@ class LlamaDecoderLayer(nn.Module):
 
         `attention_mask` and `cache` (this layer's) go to `LlamaAttention`.
         """
+        how = cos, sin, attention_mask, cache
         read = self.input_layernorm(x)  # [B, T, D]
-        add = self.self_attn(
-            read, cos, sin, attention_mask, cache
-        )  # [B, T, D]
-        x = x + add  # [B, T, D]
+        x = x + self.self_attn(read, *how)  # [B, T, D]
         read = self.post_attention_layernorm(x)  # [B, T, D]
         return x + self.mlp(read)  # [B, T, D]
