@@ -174,6 +174,15 @@ def broadcast_object(value, group=None):
     return box[0]
 
 
+def gather_objects(value, group=None):
+    """What each rank passed, as a list in their order, on all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def wait_for_all(ranks):
     """Wait, up to half an hour, until every rank has come here."""
     if ranks.patient is not None:
@@ -192,13 +201,9 @@ def shared_errors(group=None):
         yield
     except InputError as error:
         text = str(error)
-    texts = [text]
-    if dist.is_initialized():
-        texts = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, text, group=group)
-    for text in texts:
-        if text is not None:
-            raise InputError(text)
+    for one in gather_objects(text, group):
+        if one is not None:
+            raise InputError(one)
 
 
 # DDP: buckets that leave early
