@@ -1,0 +1,146 @@
+"""Checkers of chapter 6."""
+
+import torch
+from torch.nn import functional as F
+
+from llama_tut.exercises import exercise, expect, expect_close, wrong
+
+
+@exercise("mlp.width")
+def check_width(answer):
+    """LLaMA's rule for intermediate_size."""
+    found = answer(4096, 1.0, 256)
+    expect(found != 16_384, "two thirds of 4D: there are three matrices")
+    expect(found != 10_752, "up to the next multiple, not down")
+    expect(found != 10_922, "the last step is missing: a multiple of 256")
+    expect(found == 11_008, f"Llama 2 7B has 11,008, not {found:,}")
+    expect(
+        answer(768, 1.0, 256) == 2048,
+        "a multiple already: 2048 needs no rounding",
+    )
+    found = answer(4096, 1.3, 1024)
+    expect(
+        found % 1024 == 0,
+        "the multiplier comes before the rounding to a multiple",
+    )
+    expect(found != 11_264, "the multiplier is not used")
+    expect(found == 14_336, f"Llama 3 8B has 14,336, not {found:,}")
+
+
+@wrong("mlp.width", "not down")
+def rounded_down(hidden_size, multiplier, multiple_of):
+    neurons = int(multiplier * (8 * hidden_size // 3))
+    return neurons // multiple_of * multiple_of
+
+
+@wrong("mlp.width", "needs no rounding")
+def one_more(hidden_size, multiplier, multiple_of):
+    neurons = int(multiplier * (8 * hidden_size // 3))
+    return (neurons // multiple_of + 1) * multiple_of
+
+
+@wrong("mlp.width", "before the rounding")
+def multiplied_last(hidden_size, multiplier, multiple_of):
+    neurons = -(-(8 * hidden_size // 3) // multiple_of) * multiple_of
+    return int(multiplier * neurons)
+
+
+@wrong("mlp.width", "three matrices")
+def no_two_thirds(hidden_size, multiplier, multiple_of):
+    neurons = int(multiplier * 4 * hidden_size)
+    return -(-neurons // multiple_of) * multiple_of
+
+
+@exercise("mlp.fused")
+def check_fused(answer):
+    """gate_proj and up_proj in one matrix."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8)
+    gate_up, down = torch.randn(12, 8), torch.randn(8, 6)
+    found = answer(x, gate_up, down)
+    expect(
+        not torch.allclose(found, value_first(x, gate_up, down), atol=1e-4),
+        "gate and value are exchanged: the gate's rows come first",
+    )
+    expect(
+        found.shape != x.shape
+        or not torch.allclose(found, in_turns(x, gate_up, down), atol=1e-4),
+        "the rows do not take turns: first all of the gate, then all of up",
+    )
+    expect(
+        not torch.allclose(found, bend_last(x, gate_up, down), atol=1e-4),
+        "the bend goes to the gate alone, before the product",
+    )
+    gate, value = x @ gate_up[:6].T, x @ gate_up[6:].T
+    wanted = (F.silu(gate) * value) @ down.T
+    expect_close(found, wanted, "it is not down(silu(gate) * value)", 1e-4)
+
+
+@wrong("mlp.fused", "are exchanged")
+def value_first(x, gate_up, down):
+    value, gate = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * value, down)
+
+
+@wrong("mlp.fused", "take turns")
+def in_turns(x, gate_up, down):
+    both = F.linear(x, gate_up)
+    return F.linear(F.silu(both[..., ::2]) * both[..., 1::2], down)
+
+
+@wrong("mlp.fused", "to the gate alone")
+def bend_last(x, gate_up, down):
+    gate, value = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate * value), down)
+
+
+@exercise("mlp.backward")
+def check_backward(answer):
+    """Gradients of silu(z) * u."""
+    torch.manual_seed(0)
+    gate, value = torch.randn(2, 6, requires_grad=True).unbind()
+    dy = torch.randn(6)
+    wanted = torch.autograd.grad(F.silu(gate) * value, (gate, value), dy)
+    gate, value = gate.detach(), value.detach()
+    found = answer(gate, value, dy)
+    expect(
+        isinstance(found, tuple | list) and len(found) == 2,
+        "return two gradients: that of the gate, that of the value",
+    )
+    expect(
+        not torch.allclose(found[0], wanted[1], atol=1e-5),
+        "the order is gate, value",
+    )
+    s = torch.sigmoid(gate)
+    for slope, hint in (
+        (s, "s moves with z too: the slope has a second term"),
+        (s * (1 - s), "that is the slope of the sigmoid; SiLU is z times it"),
+    ):
+        same = torch.allclose(found[0], dy * value * slope, atol=1e-5)
+        expect(not same, hint)
+    expect_close(found[0], wanted[0], "d gate is dy * value * slope", 1e-4)
+    expect_close(found[1], wanted[1], "d value is dy * silu(gate)", 1e-4)
+
+
+@wrong("mlp.backward", "moves with z too")
+def sigmoid_as_constant(gate, value, dy):
+    s = torch.sigmoid(gate)
+    return dy * value * s, dy * gate * s
+
+
+@wrong("mlp.backward", "slope of the sigmoid")
+def slope_of_sigmoid(gate, value, dy):
+    s = torch.sigmoid(gate)
+    return dy * value * s * (1 - s), dy * gate * s
+
+
+@wrong("mlp.backward", "dy * silu(gate)")
+def value_for_itself(gate, value, dy):
+    s = torch.sigmoid(gate)
+    return dy * value * (s + gate * s * (1 - s)), dy * value
+
+
+@wrong("mlp.backward", "the order is")
+def other_order(gate, value, dy):
+    s = torch.sigmoid(gate)
+    return dy * gate * s, dy * value * (s + gate * s * (1 - s))
