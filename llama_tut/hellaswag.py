@@ -155,7 +155,7 @@ def encode(tokenizer, example):
     return context, [ids[len(context) :] for ids in whole]
 
 
-# Four rows
+# The plain way
 
 
 def fill(rows, device):
