@@ -5,7 +5,6 @@ Letters: B batch, T time, D hidden_size, H heads, K kv heads, C head_dim,
 I intermediate_size, V vocabulary, L layers, W ranks, N parameters.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from typing import Literal, get_args, get_origin
 
 import matplotlib.style
 import torch
-import torch.distributed as dist
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from llama_tut.config import InputError, LlamaConfig, RopeScaling, option
 from llama_tut.distributed import (
     Ranks,
     broadcast_object,
+    gather_objects,
     mean_over_ranks,
     micro_step_sync,
     rehearse,
@@ -65,6 +65,8 @@ from llama_tut.weights import save_pretrained
 
 # Options: one place
 
+Precision = Literal["float32", "bfloat16", "auto"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -88,9 +90,7 @@ class TrainConfig:
     beta2: float = option(0.95, "memory of AdamW's mean of its square")
     max_norm: float = option(1.0, "gradients are clipped to this norm")
     seed: int = option(0, "of the first weights and the order of the rows")
-    dtype: Literal["float32", "bfloat16", "auto"] = option(
-        "float32", "of the matrix products (auto: bfloat16 where it is fast)"
-    )
+    dtype: Precision = option("float32", "of products (auto: what is fast)")
     device: str = option("auto", "auto, cpu, cuda or mps")
     compile: bool = option(False, "compile the model, if a compiler is here")
     vocab_multiple: int = option(1, "round V up to a multiple of this")
@@ -103,45 +103,32 @@ class TrainConfig:
     prompt: str = option("", "how the texts begin")
     checkpoint_every: int = option(0, "steps between checkpoints (0: at end)")
     keep_checkpoints: int = option(3, "how many of them to keep")
-    model: dict = field(
-        default_factory=dict, metadata={"help": "fields of LlamaConfig"}
-    )
+    model: dict = field(default_factory=dict, metadata={"help": "its shape"})
 
     def __post_init__(self):
         check_options(self)
 
 
-LIMITS = {
-    "steps": (1, math.inf),
-    "sequence_length": (1, math.inf),
-    "micro_batch_size": (1, math.inf),
-    "tokens_per_step": (1, math.inf),
-    "learning_rate": (0, 10),
-    "warmup_steps": (0, math.inf),
-    "final_fraction": (0, 1),
-    "weight_decay": (0, 10),
-    "beta1": (0, 0.99999),
-    "beta2": (0, 0.99999),
-    "max_norm": (0, math.inf),
-    "seed": (0, 2**63 - 1),
-    "vocab_multiple": (1, 2**20),
-    "eval_every": (0, math.inf),
-    "eval_rows": (1, math.inf),
-    "hellaswag_limit": (1, math.inf),
-    "samples": (0, 1000),
-    "sample_tokens": (1, math.inf),
-    "checkpoint_every": (0, math.inf),
-    "keep_checkpoints": (1, math.inf),
+AT_LEAST = {
+    1: "steps sequence_length micro_batch_size tokens_per_step eval_rows "
+    "vocab_multiple hellaswag_limit sample_tokens keep_checkpoints",
+    0: "learning_rate warmup_steps final_fraction weight_decay beta1 beta2 "
+    "max_norm seed eval_every samples checkpoint_every",
 }
+AT_MOST = {"learning_rate": 10, "weight_decay": 10, "final_fraction": 1}
+AT_MOST |= {"beta1": 0.99999, "beta2": 0.99999, "seed": 2**63 - 1}
+AT_MOST |= {"vocab_multiple": 2**20, "samples": 1000}
 
 
 def check_options(config):
     """Refuse values that no run can have, by the option's name."""
-    for name, (low, high) in LIMITS.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            above = f"at most {high}" if value > high else f"at least {low}"
-            raise InputError(f"{flag(name)} must be {above}, not {value}")
+    for least, names in AT_LEAST.items():
+        for name in names.split():
+            value, most = getattr(config, name), AT_MOST.get(name, math.inf)
+            if value is not None and not least <= value <= most:
+                high = value > most
+                bound = f"at most {most}" if high else f"at least {least}"
+                raise InputError(f"{flag(name)} must be {bound}, not {value}")
     for one in fields(config):
         value, allowed = getattr(config, one.name), choices(one)
         if allowed and value not in allowed:
@@ -347,19 +334,14 @@ def activation_bytes(llama, T, dtype, fused=False):
         llama: a `LlamaConfig`.
         fused: whether one kernel does the attention.
     """
-    D, I, H = (
-        llama.hidden_size,
-        llama.intermediate_size,
-        llama.num_attention_heads,
-    )
-    queries, keys = H * llama.head_dim, llama.num_key_value_heads
-    keys *= llama.head_dim
-    a = dtype.itemsize
-    half = a == 2
-    norms = 2 * 8 * D + (5 if half else 2) * a * D
+    D, I = llama.hidden_size, llama.intermediate_size
+    H, C = llama.num_attention_heads, llama.head_dim
+    queries, keys = H * C, llama.num_key_value_heads * C
+    a, half = dtype.itemsize, dtype.itemsize == 2
+    norms = 16 * D + (5 if half else 2) * a * D
     attention = a * (3 * queries + 2 * keys)
     if not fused:
-        n = math.ceil(T / max(32, math.ceil(T / 8)))
+        n = math.ceil(T / max(32, math.ceil(T / 8)))  # blocks of queries
         weights = H * T / n * (6 if half else 4)
         attention = 2 * a * queries + (n + 1) / 2 * (2 * a * keys + weights)
     return norms + attention + 4 * a * I
@@ -389,11 +371,7 @@ def memory_plan(config, model, device, dtype):
     return plan
 
 
-def gigabytes(count):
-    """Bytes for people."""
-    if count < 1e7:
-        return f"{count / 1e6:.2f} MB"
-    return f"{count / 1e9:.2f} GB"
+in_bytes = EngFormatter("B", places=2)  # 1.6e9 -> "1.60 GB"
 
 
 def capacity(device):
@@ -419,8 +397,8 @@ def check_memory(plan, available, where):
     if total - moving > available:
         advice = "choose a smaller model, or a larger device"
     raise InputError(
-        f"a rank needs {gigabytes(total)} (of which activations "
-        f"{gigabytes(moving)}), {where} has {gigabytes(available)}: {advice}"
+        f"a rank needs {in_bytes(total)} (of which activations "
+        f"{in_bytes(moving)}), {where} has {in_bytes(available)}: {advice}"
     )
 
 
@@ -505,25 +483,11 @@ def on_rank_zero(ranks, function, *arguments):
 
     Raises: the function's InputError, on all ranks.
     """
-    answer, problem = None, None
-    if ranks.rank == 0:
-        try:
+    answer = None
+    with shared_errors(ranks.patient):
+        if ranks.rank == 0:
             answer = function(*arguments)
-        except InputError as error:
-            problem = str(error)
-    answer, problem = broadcast_object((answer, problem), ranks.patient)
-    if problem is not None:
-        raise InputError(problem)
-    return answer
-
-
-def gather(ranks, value):
-    """The values of all ranks, as a list; waits for slow ones."""
-    values = [value]
-    if ranks.patient is not None:
-        values = [None] * ranks.world_size
-        dist.all_gather_object(values, value, group=ranks.patient)
-    return values
+    return broadcast_object(answer, ranks.patient)
 
 
 # Compile, if it can be done
@@ -541,7 +505,7 @@ def compiled(model, config, ranks, cast):
     except Exception as error:  # whatever the compiler's tools raise
         problem = str(error).strip().splitlines()[0]
     model.zero_grad()
-    problems = [p for p in gather(ranks, problem) if p is not None]
+    problems = list(filter(None, gather_objects(problem, ranks.patient)))
     if not problems:
         return fast
     say(ranks, f"not compiled, going on without: {problems[0]}")
@@ -551,50 +515,45 @@ def compiled(model, config, ranks, cast):
 # The run's folder belongs to one run
 
 
-def lock_folder(folder, wait_s=5):
-    """Lock a run's folder for this process.
+def lock_folder(folder, resume, wait_s=5):
+    """Lock a run's folder; the result is a context that holds the lock.
 
-    Raises: InputError when it cannot be made, or another process has it.
+    Raises: InputError when it cannot be made, another process has it, or it
+        holds a run and `resume` is off.
     """
+    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        held = lock.acquire(timeout=wait_s)
+    except Timeout as error:
+        raise InputError(
+            f"{folder} is in use by a run that is going on: wait for it, "
+            "or choose another --out"
+        ) from error
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}") from error
-    for _ in range(10 * wait_s):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except OSError:
-            time.sleep(0.1)
-    lock.close()
-    raise InputError(
-        f"{folder} is in use by a run that is going on: wait for it, "
-        "or choose another --out"
-    )
+    old = (folder / "metrics.jsonl", folder / "checkpoints")
+    if not resume and any(path.exists() for path in old):
+        lock.release()
+        raise InputError(
+            f"{folder} holds a run already: go on with --resume, or "
+            "choose another --out"
+        )
+    return held
 
 
 @contextmanager
 def claimed(config, ranks):
     """Hold the run's folder, on rank 0 for all ranks.
 
-    Raises: InputError when it is in use, or holds a run and `resume` is off.
+    Raises: InputError, on all ranks, when it cannot be had.
     """
-    folder, lock = Path(config.out), None
+    held = nullcontext()
     with shared_errors():
         if ranks.rank == 0:
-            lock = lock_folder(folder)
-            held = [folder / "metrics.jsonl", folder / "checkpoints"]
-            if not config.resume and any(path.exists() for path in held):
-                raise InputError(
-                    f"{folder} holds a run already: go on with --resume, or "
-                    "choose another --out"
-                )
-    try:
+            held = lock_folder(Path(config.out), config.resume)
+    with held:
         yield
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 # A line a step
@@ -622,35 +581,25 @@ def truncate(path, step):
 
 
 class Recorder:
-    """What rank 0 writes while a run goes on.
-
-    Args:
-        folder: the run's.
-        step: steps done so far; later lines are dropped.
-        steps: steps of the whole run.
-    """
+    """What rank 0 writes of a run of `steps`, after the first `step`."""
 
     def __init__(self, folder, step, steps):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.path = Path(folder) / "metrics.jsonl"
-        self.problem = None
+        self.path, self.problem = folder / "metrics.jsonl", None
         truncate(self.path, step)
         self.file = open(self.path, "a")
-        self.board = SummaryWriter(
-            Path(folder) / "tensorboard", purge_step=step + 1
-        )
-        self.bar = tqdm(
-            total=steps, initial=step, unit="step", disable=None, leave=False
-        )
+        board = folder / "tensorboard"
+        self.board = SummaryWriter(board, purge_step=step + 1)
+        shown = dict(unit="step", disable=None, leave=False)
+        self.bar = tqdm(total=steps, initial=step, **shown)
 
     def write(self, line):
         """Record one step."""
         with self.noting_problems():
             print(json.dumps(line), file=self.file, flush=True)
-            for name, value in line.items():
-                if name not in ("step", "tokens"):
-                    self.board.add_scalar(name, value, line["step"])
+            for name in line.keys() - {"step", "tokens"}:
+                self.board.add_scalar(name, line[name], line["step"])
         speed = f"{line['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed}", False)
         self.bar.update()
@@ -668,8 +617,7 @@ class Recorder:
             self.problem = f"cannot write {self.path}: {error.strerror}"
 
     def close(self):
-        self.bar.close()
-        for one in (self.file, self.board):
+        for one in (self.bar, self.file, self.board):
             with self.noting_problems():
                 one.close()
 
@@ -731,28 +679,36 @@ def open_loaders(config, ranks):
 
 def announce(config, info, ranks, build_model):
     """Say what will be done and what it needs; refuse what cannot fit."""
-    k, T = micro_steps(config, ranks.world_size), config.sequence_length
-    dtype = matmul_dtype(config, ranks.device)
+    dtype, device = matmul_dtype(config, ranks.device), ranks.device
     with torch.device("meta"):
         model = build_model(config, info)
-    plan = memory_plan(config, model, ranks.device, dtype)
+    say(ranks, describe_run(config, info, model))
+    k = micro_steps(config, ranks.world_size)
+    say(
+        ranks,
+        f"a step: ranks {ranks.world_size} x micro batches {k} x rows "
+        f"{config.micro_batch_size} x tokens {config.sequence_length} = "
+        f"{config.tokens_per_step:,} tokens, on {device.type}, {dtype}",
+    )
+    plan, room = memory_plan(config, model, device, dtype), capacity(device)
+    parts = ", ".join(f"{n} {in_bytes(b)}" for n, b in plan.items() if b)
+    total = in_bytes(sum(plan.values()))
+    say(ranks, f"memory of a rank: {total} of {in_bytes(room)}: {parts}")
+    check_memory(plan, room, f"{device.type} for each rank")
+
+
+def describe_run(config, info, model):
+    """One line: parameters, steps, tokens, epochs, FLOPs."""
     N = sum(p.numel() for p in model.parameters())
     tokens = config.steps * config.tokens_per_step
-    epochs, work = tokens / info.train_tokens, ""
-    if isinstance(model.config, LlamaConfig):
-        work = f", {tokens * flops_per_token(model.config, T):.3g} FLOPs"
-    room, total = capacity(ranks.device), sum(plan.values())
-    parts = ", ".join(f"{n} {gigabytes(b)}" for n, b in plan.items() if b)
-    for line in (
+    line = (
         f"{N:,} parameters, {config.steps:,} steps, {tokens:,} tokens: "
-        f"{epochs:.2f} epochs of {config.data}{work}",
-        f"a step: ranks {ranks.world_size} x micro batches {k} x rows "
-        f"{config.micro_batch_size} x tokens {T} = "
-        f"{config.tokens_per_step:,} tokens, on {ranks.device.type}, {dtype}",
-        f"memory of a rank: {gigabytes(total)} of {gigabytes(room)}: {parts}",
-    ):
-        say(ranks, line)
-    check_memory(plan, room, f"{ranks.device.type} for each rank")
+        f"{tokens / info.train_tokens:.2f} epochs of {config.data}"
+    )
+    if isinstance(model.config, LlamaConfig):
+        each = flops_per_token(model.config, config.sequence_length)
+        line += f", {tokens * each:.3g} FLOPs"
+    return line
 
 
 def prepare_run(config, info, ranks, build_model):
@@ -761,27 +717,27 @@ def prepare_run(config, info, ranks, build_model):
     with shared_errors(ranks.patient):
         loader, validation = open_loaders(config, ranks)
     model = build_model(config, info).to(ranks.device)
-    optimizer = build_optimizer(
-        model,
-        config.optimizer,
-        config.learning_rate,
-        config.weight_decay,
-        (config.beta1, config.beta2),
-    )
+    options = config.optimizer, config.learning_rate, config.weight_decay
+    betas = config.beta1, config.beta2
+    optimizer = build_optimizer(model, *options, betas)
     cast = partial(autocast, ranks.device, matmul_dtype(config, ranks.device))
-    fast = model
-    if config.compile:
-        fast = compiled(model, config, ranks, cast)
-    wait_for_all(ranks)
-    parallel = wrap(fast, ranks)
-    shape = (config.micro_batch_size, config.sequence_length)
-    ids = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
-    rehearse(parallel, ids, ids, cast)
+    parallel = in_parallel(model, config, ranks, cast)
     parts = (model, parallel, optimizer, loader, validation, cast)
     run = Run(config, info, ranks, *parts)
     if config.resume:
         resume(run)
     return run
+
+
+def in_parallel(model, config, ranks, cast):
+    """What a step calls: the model compiled, wrapped and rehearsed."""
+    fast = compiled(model, config, ranks, cast) if config.compile else model
+    wait_for_all(ranks)
+    parallel = wrap(fast, ranks)
+    shape = (config.micro_batch_size, config.sequence_length)
+    ids = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
+    rehearse(parallel, ids, ids, cast)
+    return parallel
 
 
 # Saved and resumed
@@ -847,7 +803,7 @@ def resume(run):
 
 def save(run):
     """Write a checkpoint; all ranks call it, rank 0 writes."""
-    states = gather(run.ranks, random_states())
+    states = gather_objects(random_states(), run.ranks.patient)
     on_rank_zero(run.ranks, write_run, run, states)
 
 
@@ -870,16 +826,14 @@ def rate_of(config, step):
     if warmup is None:
         warmup = config.steps // 20
     peak, low = config.learning_rate, config.final_fraction
-    return learning_rate_at(
-        step, peak, config.steps, warmup, config.schedule, low
-    )
+    schedule = config.schedule
+    return learning_rate_at(step, peak, config.steps, warmup, schedule, low)
 
 
 def one_step(run, signals):
     """Take one step; its line for metrics.jsonl, and whether to stop."""
     config, device = run.config, run.ranks.device
-    began = time.perf_counter()
-    rate = rate_of(config, run.step)
+    began, rate = time.perf_counter(), rate_of(config, run.step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     k = micro_steps(config, run.ranks.world_size)
@@ -893,16 +847,22 @@ def one_step(run, signals):
     wish = torch.tensor(float(bool(signals or problem)), device=device)
     loss, wish = mean_over_ranks(torch.stack((loss, wish))).tolist()
     run.step += 1
-    speed = config.tokens_per_step / (time.perf_counter() - began)
     line = {"step": run.step, "loss": loss, "lr": rate}
-    line |= {"grad_norm": norm.item(), "tokens_per_second": round(speed, 1)}
+    line |= {"grad_norm": norm.item()}
+    return line | speed_of(run, time.perf_counter() - began), wish > 0
+
+
+def speed_of(run, seconds):
+    """Tokens so far, tokens a second, and MFU where the peak is known."""
+    config, llama = run.config, run.model.config
+    speed = config.tokens_per_step / seconds
+    line = {"tokens_per_second": round(speed, 1)}
     line |= {"tokens": run.step * config.tokens_per_step}
-    if (peak := peak_flops(device)) and isinstance(
-        run.model.config, LlamaConfig
-    ):
-        work = flops_per_token(run.model.config, config.sequence_length)
+    peak = peak_flops(run.ranks.device)
+    if peak and isinstance(llama, LlamaConfig):
+        work = flops_per_token(llama, config.sequence_length)
         line["mfu"] = speed * work / (peak * run.ranks.world_size)
-    return line, wish > 0
+    return line
 
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
@@ -977,26 +937,23 @@ def due(step, every):
 # The end of a run
 
 
-def draw_curves(folder, info, more=None, figure=None):
+def draw_curves(folder, info, more=None):
     """A Figure of the losses in a run's metrics.jsonl, with its floors.
 
     Args:
         more: further horizontal lines, {name: nats}.
-        figure: draw into this one.
     """
     lines = read_metrics(Path(folder) / "metrics.jsonl")
-    measured = [line for line in lines if "val_loss" in line]
-    levels = {**floors(info), **(more or {})}
     with matplotlib.style.context("llama_tut.book"):
-        figure = figure or Figure((7.2, 4.0), layout="constrained")
+        figure = Figure((7.2, 4.0), layout="constrained")
         ax = figure.add_subplot(yscale="log")
-        for name, some, key, style in (
-            ("training", lines, "loss", dict(lw=0.7, alpha=0.7)),
-            ("validation", measured, "val_loss", dict(marker="o", ms=4)),
+        for name, key, style in (
+            ("training", "loss", dict(lw=0.7, alpha=0.7)),
+            ("validation", "val_loss", dict(marker="o", ms=4)),
         ):
-            tokens = [line["tokens"] for line in some]
-            ax.plot(tokens, [s[key] for s in some], label=name, **style)
-        for name, nats in levels.items():
+            pairs = [(s["tokens"], s[key]) for s in lines if key in s]
+            ax.plot(*zip(*pairs, strict=True), label=name, **style)
+        for name, nats in {**floors(info), **(more or {})}.items():
             ax.axhline(nats, color="0.4", lw=1, ls="--", zorder=0)
             where = dict(xycoords=("axes fraction", "data"), fontsize=9)
             text = f"{name} {nats:.2f}"
@@ -1034,15 +991,9 @@ def write_samples(run):
     texts = []
     run.model.eval()
     for number in range(1, config.samples + 1 if room > 0 else 0):
-        out = generate(
-            run.model,
-            ids,
-            min(config.sample_tokens, room),
-            temperature=0.8,
-            top_k=50,
-            generator=source,
-            stop_tokens=(end,),
-        )
+        how = dict(temperature=0.8, top_k=50, stop_tokens=(end,))
+        length = min(config.sample_tokens, room)
+        out = generate(run.model, ids, length, generator=source, **how)
         text = tokenizer.decode(out[0].tolist())
         texts.append(f"--- sample {number} ---\n{text}\n")
         say(run.ranks, f"\n{texts[-1]}".rstrip())
