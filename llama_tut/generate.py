@@ -6,7 +6,7 @@ heads, C head_dim, D hidden_size, V vocabulary, N new tokens.
 """
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 from llama_tut.config import require
 
@@ -157,7 +157,7 @@ def next_logits(model, input_ids, cache, attention_mask=None):
         start, end = cache.length, cache.length + input_ids.shape[1]
         position_ids, mask = padded_positions(attention_mask[:, :end], start)
     hidden = model.model(input_ids, position_ids, mask, cache)  # [B, T, D]
-    return F.linear(hidden[:, -1], model.output_weight)  # [B, V]
+    return model.head(hidden[:, -1])  # [B, V]
 
 
 # Refuse what cannot work
@@ -223,7 +223,7 @@ def stream(
     if attention_mask is not None:
         new = attention_mask.new_ones(B, max_new_tokens)
         attention_mask = torch.cat([attention_mask, new], dim=1).bool()
-    room, dtype = T + max_new_tokens, model.output_weight.dtype
+    room, dtype = T + max_new_tokens, model.model.embed_tokens.weight.dtype
     cache = KVCache(model.config, B, room, dtype, device)
     logits = prefill(model, input_ids, cache, chunk_size, attention_mask)
     tokens, ended = input_ids[:, -1], input_ids.new_zeros(B).bool()
@@ -287,3 +287,186 @@ def text_pieces(tokenizer, tokens, before=()):
         else:
             yield text[shown:]
             shown = len(text)
+
+
+# Faster: the order of a matrix in memory
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in the order that oneDNN reads: inference on a CPU.
+
+    Args:
+        weight: [O, I], float32 or bfloat16; is copied.
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        self.packed = reorder(weight.detach().contiguous())
+
+    def forward(self, x):
+        """x [..., I] -> [..., O]."""
+        product = torch.ops.mkldnn._linear_pointwise
+        return product(x, self.packed, None, "none", [], "")
+
+
+def can_pack(weight):
+    """Whether oneDNN packs weights of this dtype on this processor."""
+    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
+
+
+def pack(model):
+    """Swap the linear layers of a finished model for packed ones, in place.
+
+    Args:
+        model: a `LlamaForCausalLM`.
+
+    Returns:
+        The model. It can compute logits, and nothing else, from now on. It is
+        unchanged where `can_pack` says no.
+    """
+    if not can_pack(model.output_weight):
+        return model
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight))
+    # An attribute of the object stands before the method of its class.
+    model.head = PackedLinear(model.output_weight).forward
+    return model
+
+
+# Faster: guess in bfloat16, check in float32
+
+
+class FixedLayer:
+    """One layer of a `KVCache`, written at given places and read whole.
+
+    Args:
+        layer: a `LayerCache`.
+        places: [T], where the next tokens go.
+    """
+
+    def __init__(self, layer, places):
+        self.layer, self.places = layer, places
+
+    def update(self, k, v):
+        """Write k, v [B, K, T, C] -> the whole memory, [B, K, S, C]."""
+        self.layer.keys.index_copy_(2, self.places, k)
+        self.layer.values.index_copy_(2, self.places, v)
+        return self.layer.keys, self.layer.values
+
+
+class Reader(nn.Module):
+    """A model and what it has read, one row of text.
+
+    Args:
+        model: a `LlamaForCausalLM`, packed or not.
+        capacity: the most tokens that it may read.
+        compiled: compile the step for each number of tokens that comes;
+            `model` must not be packed.
+    """
+
+    def __init__(self, model, capacity, compiled=False):
+        super().__init__()
+        self.model, self.length = model, 0
+        embedding = model.model.embed_tokens.weight
+        kind = embedding.dtype, embedding.device
+        self.cache = KVCache(model.config, 1, capacity, *kind)
+        self.step = self.plain_step
+        if compiled:
+            self.step = torch.compile(
+                self.plain_step, dynamic=False, options={"freezing": True}
+            )
+
+    def plain_step(self, ids, places):
+        """ids [1, T], places [T] -> logits [1, T, V]."""
+        layers = [FixedLayer(layer, places) for layer in self.cache]
+        keys = torch.arange(self.cache[0].keys.shape[2], device=ids.device)
+        mask = keys <= places[:, None]  # [T, S]
+        return self.model.head(self.model.model(ids, places, mask, layers))
+
+    def read(self, ids):
+        """Read ids [1, T] -> logits behind each, [1, T, V]."""
+        start, self.length = self.length, self.length + ids.shape[1]
+        places = torch.arange(start, self.length, device=ids.device)
+        return self.step(ids, places)
+
+    def forget(self, length):
+        """Keep the first `length` tokens, at most."""
+        self.length = min(self.length, length)
+
+
+@torch.no_grad()
+def speculate(target, draft, input_ids, ahead=16):
+    """Yield the greedy continuation by `target`, some tokens at a time.
+
+    Source: Leviathan et al., 2022 (arXiv 2211.17192), the greedy case.
+
+    Args:
+        target, draft: fresh `Reader`s of models with one vocabulary.
+        input_ids: the prompt, [1, T].
+        ahead: how many tokens the draft guesses in a round.
+
+    Yields:
+        ids [1, 1] behind the prompt, then [1, 1 to ahead + 1], without end.
+    """
+    last = unread = target.read(input_ids)[:, -1:].argmax(-1)  # [1, 1]
+    _ = draft.read(input_ids)
+    yield last
+    while True:
+        guesses = []
+        for _ in range(ahead):
+            for token in unread.split(1, dim=1):
+                logits = draft.read(token)  # [1, 1, V]
+            unread = logits.argmax(-1)  # [1, 1]
+            guesses.append(unread)
+        guesses, before = torch.cat(guesses, dim=1), target.length
+        read = torch.cat([last, guesses], dim=1)  # [1, ahead + 1]
+        right = target.read(read).argmax(-1)  # [1, ahead + 1]
+        agree = (right[:, :-1] == guesses).cumprod(1).sum().item()
+        target.forget(before + 1 + agree)
+        draft.forget(before + 1 + agree)
+        new = right[:, : agree + 1]  # [1, agree + 1]
+        behind = before + 2 + agree - draft.length  # 1, or 2 if all agree
+        last, unread = new[:, -1:], new[:, -behind:]
+        yield new
+
+
+def stream_greedy(
+    model,
+    draft,
+    input_ids,
+    max_new_tokens=100,
+    stop_tokens=(),
+    ahead=16,
+    compiled=False,
+):
+    """Yield the tokens that `stream` would at temperature 0, ids [1].
+
+    Args:
+        model: decides; a `LlamaForCausalLM`, packed or not.
+        draft: guesses; a faster model with the same vocabulary.
+        input_ids: one prompt, [1, T].
+        ahead, compiled: see `speculate` and `Reader`.
+
+    Raises:
+        InputError: see `check_request`; or there is more than one prompt.
+    """
+    check_request(model.config, input_ids, max_new_tokens)
+    require(len(input_ids) == 1, "guessing ahead takes one prompt at a time")
+    room = input_ids.shape[1] + max_new_tokens + ahead + 1
+    readers = [Reader(m, room, compiled) for m in (model, draft)]
+    left = max_new_tokens
+    for tokens in speculate(*readers, input_ids, ahead):
+        for token in tokens[0, :left].split(1):
+            yield token
+            if token.item() in stop_tokens:
+                return
+        left -= tokens.shape[1]
+        if left <= 0:
+            return
