@@ -113,8 +113,8 @@ def test_the_museum_shows_every_fault():
             ROOT / "notebooks" / f"{stem}.ipynb", as_version=4
         ).cells
         for cell in cells:
-            faults += len(re.findall("^\\| fault \\| ", cell.source, re.M))
-    assert shown.count("| fault | ") == faults, (
+            faults += len(re.findall("^\\| seen in \\| ", cell.source, re.M))
+    assert shown.count("| seen in | ") == faults, (
         "run: python scripts/execute.py book/museum.ipynb"
     )
 
@@ -258,6 +258,14 @@ def test_without_an_address_there_is_no_launch_button(html):
     for path in html.glob("notebooks/*.html"):
         for word in ("launch-buttons", "mybinder", "colab.research"):
             assert word not in path.read_text(), (path.name, word)
+
+
+def test_search_knows_words_and_names(html):
+    """The index that the search box reads, without a browser."""
+    index = (html / "searchindex.js").read_text()
+    for name in ("score_items", "llama_tut.rmsnorm", "notebooks/13_optimizer"):
+        assert name in index, name
+    assert (html / "search.html").exists()
 
 
 def test_nothing_is_fetched_from_outside(html):
