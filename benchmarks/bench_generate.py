@@ -20,7 +20,13 @@ from machine import write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_tut.config import find_pretrained
-from llama_tut.generate import Reader, generate, pack, speculate, stream_greedy
+from llama_tut.generate import (
+    Reader,
+    generate,
+    pack_weights,
+    speculate,
+    stream_greedy,
+)
 from llama_tut.hellaswag import read_examples
 from llama_tut.weights import load_pretrained
 
@@ -97,7 +103,10 @@ def contenders(folder, capacity, compiled):
     model = load_pretrained(folder).eval()
     half = load_pretrained(folder, torch.bfloat16).eval()
     found["ours float32"] = partial(plain, model)
-    packed, draft = pack(copy.deepcopy(model)), pack(copy.deepcopy(half))
+    packed, draft = (
+        pack_weights(copy.deepcopy(model)),
+        pack_weights(copy.deepcopy(half)),
+    )
     found["packed float32"] = partial(plain, packed)
     found["packed bfloat16"] = partial(plain, draft)
     found["guessed and checked"] = partial(checked, packed, draft)

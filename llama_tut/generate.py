@@ -319,7 +319,7 @@ def can_pack(weight):
     return weight.dtype == torch.float32
 
 
-def pack(model):
+def pack_weights(model):
     """Swap the linear layers of a finished model for packed ones, in place.
 
     Args:
