@@ -213,6 +213,10 @@ class LlamaForCausalLM(nn.Module):
             return self.model.embed_tokens.weight  # [V, D]
         return self.lm_head.weight  # [V, D]
 
+    def head(self, x):
+        """The stream behind the body, [..., D], to logits, [..., V]."""
+        return F.linear(x, self.output_weight)  # [..., V]
+
     def forward(
         self,
         input_ids,
@@ -233,7 +237,7 @@ class LlamaForCausalLM(nn.Module):
         x = self.model(input_ids, *how)  # [B, T, D]
         if targets is not None:
             return head_loss(x, self.output_weight, targets)  # []
-        return F.linear(x, self.output_weight)  # [B, T, V]
+        return self.head(x)  # [B, T, V]
 
 
 # How big is it
