@@ -208,6 +208,24 @@ def test_names_in_the_text_lead_to_their_entries(html):
     assert "train_step" in found["16_trainer"]
 
 
+def test_each_entry_leads_to_the_section_that_builds_it(html, pages):
+    text = (html / "book" / "modules.html").read_text()
+    entries = re.findall(
+        r'<dt class="sig sig-object py" id="(llama_tut\.\w+\.\w+)">(.*?)</dt>',
+        text,
+        re.S,
+    )
+    assert len(entries) > 100
+    for full, signature in entries:
+        link = re.search(
+            r'class="built-in[^"]*" href="\.\./([^"#]+)#([^"]+)"', signature
+        )
+        assert link, f"{full} does not say where it is built"
+        file, anchor = link.groups()
+        assert file.endswith(f"_{full.split('.')[1]}.html"), (full, file)
+        assert anchor in pages[html / file].anchors, (full, link[0])
+
+
 @pytest.mark.parametrize(
     "text, docname, wanted",
     [

@@ -1,7 +1,7 @@
 """What the book needs beside Jupyter Book.
 
-A label on exported cells, links from names in the text to the modules page,
-and maths offline.
+A label on exported cells, links from names in the text to the modules page and
+from there back to the sections that build them, and maths offline.
 """
 
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mathjax
 from docutils import nodes
+from sphinx import addnodes
 
 MATHJAX = Path(mathjax.__file__).parent / "static" / "mathjax" / "es5"
 
@@ -112,6 +113,48 @@ def link_names(app, doctree, docname):
         link += literal
 
 
+DEFINITION = re.compile(r"^(?:class|def) (\w+)|^([A-Z_]+) =", re.M)
+
+
+def building_sections(env):
+    """{full name: (page, anchor, title)}: where the chapters build each object."""
+    found = {}
+    for docname in sorted(env.found_docs):
+        own = own_module(docname)
+        if not own:
+            continue
+        for cell in env.get_doctree(docname).findall(nodes.container):
+            section = cell.parent
+            if "tag_export" not in cell.get("classes", []) or not isinstance(
+                section, nodes.section
+            ):
+                continue
+            place = (docname, section["ids"][0], section[0].astext())
+            for names in DEFINITION.findall(cell.astext()):
+                found[own + "".join(names)] = place
+    return found
+
+
+def link_chapters(app, doctree, docname):
+    """Beside each entry of the modules page, a link to the section that builds it."""
+    if docname != "book/modules":
+        return
+    sections = building_sections(app.env)
+    for signature in doctree.findall(addnodes.desc_signature):
+        full = (signature.get("ids") or [""])[0]
+        if full not in sections:
+            continue
+        page, anchor, title = sections[full]
+        uri = app.builder.get_relative_uri(docname, page) + f"#{anchor}"
+        number = int(page.rpartition("/")[2][:2])
+        link = nodes.reference(
+            "", f"[chapter {number}]", internal=True, refuri=uri
+        )
+        link["reftitle"] = title
+        link["classes"].append("built-in")
+        signature += link
+
+
 def drop_thebe(app, pagename, templatename, context, doctree):
     """Leave out thebe's scripts: nothing here runs in the page, and they log errors."""
     for key in ("script_files", "css_files"):
@@ -137,6 +180,7 @@ def copy_mathjax(app, error):
 def setup(app):
     app.connect("doctree-resolved", label_exported_cells)
     app.connect("doctree-resolved", link_names)
+    app.connect("doctree-resolved", link_chapters)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
