@@ -95,7 +95,7 @@ def link_names(app, doctree, docname):
         if isinstance(parent, nodes.reference | nodes.title):
             continue
         place = find_object(literal, docname, objects)
-        if not place or place[1] == docname:
+        if not place:
             continue
         index = parent.index(literal)
         before = parent[index - 1].astext() if index else ""
@@ -155,6 +155,19 @@ def link_chapters(app, doctree, docname):
         signature += link
 
 
+QUOTED = re.compile(r"(?<!`)`([^`]+)`(?!`)(\w?)")
+
+
+def literal_names(app, what, name, obj, options, lines):
+    """Names in `single` quotes are code, in docstrings as in the chapters."""
+
+    def literal(match):
+        inside = " ".join(match[1].split())
+        return f"``{inside}``" + (rf"\ {match[2]}" if match[2] else "")
+
+    lines[:] = QUOTED.sub(literal, "\n".join(lines)).split("\n")
+
+
 def drop_thebe(app, pagename, templatename, context, doctree):
     """Leave out thebe's scripts: nothing here runs in the page, and they log errors."""
     for key in ("script_files", "css_files"):
@@ -181,6 +194,7 @@ def setup(app):
     app.connect("doctree-resolved", label_exported_cells)
     app.connect("doctree-resolved", link_names)
     app.connect("doctree-resolved", link_chapters)
+    app.connect("autodoc-process-docstring", literal_names)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
