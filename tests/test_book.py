@@ -80,6 +80,17 @@ def test_notation_covers_every_letter():
         assert used <= explained, (path.name, used - explained)
 
 
+def test_every_cited_paper_is_under_references():
+    page = (ROOT / "book" / "references.md").read_text()
+    sources = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("book/*.ipynb")]
+    for path in sources:
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells)
+        cited = set(re.findall(r"(?i)arxiv(?:\.org/abs/| )(\d{4}\.\d+)", text))
+        missing = {number for number in cited if number not in page}
+        assert not missing, (path.name, missing)
+
+
 def test_each_word_of_the_glossary_has_its_chapter():
     page = (ROOT / "book" / "glossary.md").read_text()
     body = page.partition("```{glossary}")[2].partition("```")[0]
