@@ -5,7 +5,8 @@
 The harness's way, as in `HFLM._loglikelihood_tokens` of lm-evaluation-harness
 0.4.13: transformers' model in float32, one row for each ending, sorted by
 length, sixteen rows a batch, log-softmax of all logits. Ours: `score_items`
-in float32 and bfloat16. The examples are split into groups; in every group
+in float32 and bfloat16, with the matrices as they lie and in oneDNN's order
+(chapter 10). The examples are split into groups; in every group
 each contender scores the same examples, and the ratio is that of the medians.
 Writes benchmarks/results/hellaswag_speed.json.
 """
@@ -19,6 +20,7 @@ from machine import write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_tut.config import find_pretrained
+from llama_tut.generate import pack_weights
 from llama_tut.hellaswag import (
     accuracy,
     encode,
@@ -64,6 +66,10 @@ def contenders(folder):
         model = load_pretrained(folder, dtype).eval()
         name = f"packed, {str(dtype).removeprefix('torch.')}"
         found[name] = lambda e, i, model=model: score_items(model, e, i)
+        other = pack_weights(load_pretrained(folder, dtype).eval())
+        found[f"{name}, oneDNN"] = lambda e, i, model=other: score_items(
+            model, e, i
+        )
     return found
 
 

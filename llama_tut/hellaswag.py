@@ -258,12 +258,14 @@ def packed_mask(parts):
 
 
 def body_and_head(model):
-    """(body(ids, positions, mask) -> [B, T, D], head weight [V, D]), or None.
+    """What `score_packed` needs of a model: (body, head, device), or None.
 
+    body(ids, positions, mask) gives [B, T, D]; head(rows [N, D]) gives [N, V].
     None: this model cannot be given a packed row.
     """
-    if hasattr(model, "output_weight"):
-        return model.model, model.output_weight
+    device = next(model.parameters()).device
+    if hasattr(model, "head"):
+        return model.model, model.head, device
     if getattr(model.config, "model_type", None) != "llama":
         return None
 
@@ -277,18 +279,18 @@ def body_and_head(model):
             use_cache=False,
         ).last_hidden_state
 
-    return body, model.get_output_embeddings().weight
+    return body, model.get_output_embeddings(), device
 
 
 @torch.no_grad()
-def score_packed(body, weight, items, rows_at_once=512):
+def score_packed(body, head, device, items, rows_at_once=512):
     """As `score_rows`, but each context is computed once.
 
     Args:
-        body, weight: see `body_and_head`.
+        body, head, device: see `body_and_head`.
         items: pairs (context, endings) of ids, see `encode`.
     """
-    batch = Packed(*(tensor.to(weight.device) for tensor in pack(items)))
+    batch = Packed(*(tensor.to(device) for tensor in pack(items)))
     mask = packed_mask(batch.parts)  # [B, 1, T, T]
     hidden = body(batch.ids, batch.positions, mask)  # [B, T, D]
     hidden = hidden.flatten(0, 1)[batch.rows]  # [N, D]
@@ -298,9 +300,9 @@ def score_packed(body, weight, items, rows_at_once=512):
         batch.targets.split(rows_at_once),
         strict=True,
     ):
-        logits = F.linear(rows, weight).float()
+        logits = head(rows).float()
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
-    sums = torch.zeros(4 * len(items), device=weight.device)
+    sums = torch.zeros(4 * len(items), device=device)
     sums.index_add_(0, batch.owners, -torch.cat(losses))
     return sums.view(-1, 4).tolist()
 

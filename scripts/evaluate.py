@@ -104,7 +104,7 @@ def main():
         == [(e.index, e.label) for e in examples],
         f"{args.compare} is about other examples than these",
     )
-    model, tokenizer = load(args, transformers=args.transformers)
+    model, tokenizer = load(args, args.transformers, packed=True)
     start = time.perf_counter()
     predictions = score(
         model,

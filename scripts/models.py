@@ -3,6 +3,7 @@
 import torch
 
 from llama_tut.config import InputError, find_pretrained, require
+from llama_tut.generate import pack_weights
 from llama_tut.weights import load_pretrained
 
 DTYPES = {
@@ -75,8 +76,13 @@ def load_transformers(folder, dtype, device):
     return model.to(device)
 
 
-def load(args, transformers=False):
-    """(model in evaluation mode, tokenizer) as `add_model_options` says."""
+def load(args, transformers=False, packed=False):
+    """(model in evaluation mode, tokenizer) as `add_model_options` says.
+
+    Args:
+        transformers: let transformers build it.
+        packed: lay its matrices out for oneDNN, on a CPU (chapter 10).
+    """
     check_device(args.device)
     folder = find_pretrained(args.model)
     tokenizer = load_tokenizer(folder)
@@ -88,4 +94,6 @@ def load(args, transformers=False):
         f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model "
         f"{V}: they do not belong together",
     )
+    if packed and not transformers and args.device == "cpu":
+        model = pack_weights(model)
     return model.eval(), tokenizer
