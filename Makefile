@@ -32,7 +32,7 @@ export: .venv ## write llama_tut/*.py from the notebooks
 	@$(PY) scripts/export.py
 
 execute: .venv ## format and run every notebook in place (NB=notebooks/03_rmsnorm.ipynb: one)
-	@$(PY) scripts/execute.py $(or $(NB),$(wildcard notebooks/*.ipynb))
+	@$(PY) scripts/execute.py $(or $(NB),$(wildcard notebooks/*.ipynb book/*.ipynb))
 
 exercises: .venv ## list the exercises; each checker must pass the solution and catch wrong answers
 	@$(PY) scripts/exercises.py
