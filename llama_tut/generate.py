@@ -331,7 +331,7 @@ def pack_weights(model):
     """
     if not can_pack(model.output_weight):
         return model
-    for module in list(model.modules()):
+    for module in list(model.model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child.weight))
@@ -367,8 +367,8 @@ class Reader(nn.Module):
     Args:
         model: a `LlamaForCausalLM`, packed or not.
         capacity: the most tokens that it may read.
-        compiled: compile the step for each number of tokens that comes;
-            `model` must not be packed.
+        compiled: compile the step, for each number of tokens that comes
+            behind the prompt; `model` must not be packed.
     """
 
     def __init__(self, model, capacity, compiled=False):
@@ -394,7 +394,9 @@ class Reader(nn.Module):
         """Read ids [1, T] -> logits behind each, [1, T, V]."""
         start, self.length = self.length, self.length + ids.shape[1]
         places = torch.arange(start, self.length, device=ids.device)
-        return self.step(ids, places)
+        # Prompts come in all lengths: the first call is never compiled.
+        step = self.plain_step if start == 0 else self.step
+        return step(ids, places)
 
     def forget(self, length):
         """Keep the first `length` tokens, at most."""

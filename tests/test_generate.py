@@ -1,15 +1,21 @@
 """Chapter 10: the cache, sampling and the loop."""
 
+import copy
+
 import pytest
 import torch
 
 from llama_tut.config import InputError, LlamaConfig
 from llama_tut.generate import (
     KVCache,
+    Reader,
     generate,
     left_pad,
+    pack_weights,
     probabilities,
+    speculate,
     stream,
+    stream_greedy,
     text_pieces,
 )
 from llama_tut.model import LlamaForCausalLM
@@ -219,3 +225,70 @@ def test_text_is_held_back_until_its_character_is_whole():
     assert pieces.count("") == 1 + 3
     rest = text_pieces(Bytes(), text.encode()[2:], text.encode()[:2])
     assert "".join(rest) == text[2:]
+
+
+PROMPT = torch.tensor([[5, 17, 3, 44]])
+
+
+def new_tokens(model, draft, new=20, **options):
+    """The tokens of `stream_greedy`, as a list."""
+    found = stream_greedy(model, draft, PROMPT, new, **options)
+    return [token.item() for token in found]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_weights_compute_the_same(tied):
+    plain = build(tie_word_embeddings=tied)
+    packed = pack_weights(copy.deepcopy(plain))
+    ids = torch.randint(61, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed(ids), plain(ids), atol=1e-4, rtol=1e-4
+        )
+    assert (
+        generate(packed, ids, 9).tolist() == generate(plain, ids, 9).tolist()
+    )
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 16])
+@pytest.mark.parametrize("drafted_by", ["itself", "bfloat16", "noise"])
+def test_a_guess_never_changes_the_tokens(model, drafted_by, ahead):
+    """Whatever the draft guesses, the text is the model's own greedy one."""
+    drafts = {
+        "itself": model,
+        "bfloat16": copy.deepcopy(model).bfloat16(),
+        "noise": build(num_hidden_layers=1, hidden_size=12),
+    }
+    wanted = generate(model, PROMPT, 20)[0, 4:].tolist()
+    found = new_tokens(model, drafts[drafted_by], ahead=ahead)
+    assert found == wanted
+
+
+def test_a_perfect_draft_is_always_right(model):
+    rounds = speculate(Reader(model, 60), Reader(model, 60), PROMPT, 5)
+    assert [next(rounds).shape[1] for _ in range(4)] == [1, 6, 6, 6]
+
+
+def test_guessing_stops_where_streaming_stops(model):
+    wanted = [t.item() for t in stream(model, PROMPT, 20)]
+    stop = wanted[7]
+    cut = wanted[: wanted.index(stop) + 1]
+    assert new_tokens(model, model, stop_tokens=[stop]) == cut
+    assert len(new_tokens(model, model, new=1)) == 1
+    assert new_tokens(model, model, new=3, ahead=8) == wanted[:3]
+
+
+def test_guessing_refuses_what_cannot_work(model):
+    two = PROMPT.expand(2, 4)
+    with pytest.raises(InputError, match="one prompt"):
+        list(stream_greedy(model, model, two, 3))
+    with pytest.raises(InputError, match="do not fit"):
+        new_tokens(model, model, new=61)
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_same_tokens():
+    model = build(num_hidden_layers=1)
+    wanted = [t.item() for t in stream(model, PROMPT, 12)]
+    found = new_tokens(model, model, new=12, ahead=3, compiled=True)
+    assert found == wanted

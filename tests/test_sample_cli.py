@@ -94,3 +94,16 @@ def test_bad_folders_are_one_line(folder, sample, tmp_path):
     cases["99"] = other
     for word, path in cases.items():
         refused(sample("--model", path, "--prompt", "x"), word)
+
+
+def test_fast_gives_the_same_text(folder, sample):
+    always = ("--model", folder, "--prompt", "To be", "--temperature", "0")
+    assert sample(*always)[1] == sample(*always, "--fast")[1]
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--temperature", "0.5"), ("--device", "meta")]
+)
+def test_fast_is_for_the_greedy_choice(folder, sample, options):
+    found = sample("--model", folder, "--prompt", "a", "--fast", *options)
+    refused(found, "--temperature 0")
