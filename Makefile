@@ -43,8 +43,12 @@ address: .venv ## say where the book lives: Colab and Binder (URL=https://github
 check: .venv ## the quick half of the tests: formatting, export, names
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) scripts/export.py --check
 
-bench: .venv ## speed beside transformers, in one process; writes benchmarks/results
-	@$(PY) benchmarks/bench_train.py && $(PY) benchmarks/bench_head_loss.py
+bench: .venv ## speed and memory beside transformers and the harness's way; writes benchmarks/results
+	@$(PY) benchmarks/bench_train.py
+	@$(PY) benchmarks/bench_head_loss.py
+	@$(PY) benchmarks/bench_hellaswag.py $(if $(LLAMA_TUT_DATA),--limit 512 --file $(LLAMA_TUT_DATA)/hellaswag_val.jsonl)
+	@$(PY) benchmarks/bench_generate.py --compiled
+	@$(PY) benchmarks/bench_loading.py
 
 clean: ## remove what make made: the rendered book and caches (not data, runs or .venv)
 	rm -rf book/_build .pytest_cache .ruff_cache
