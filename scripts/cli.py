@@ -1,9 +1,13 @@
 """What every script shares: a parser with one-line errors, and exit code 2 for bad input."""
 
 import argparse
+import os
 import sys
 
-from llama_tut.config import InputError
+# Retries are told in pages; the error at their end is one line.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+from llama_tut.config import InputError  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
