@@ -6,6 +6,7 @@ import struct
 import tempfile
 from pathlib import Path
 
+import numpy
 import torch
 from safetensors.torch import save_file
 
@@ -17,11 +18,11 @@ UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False)
 EIGHT = LlamaConfig(128_256, 4096, 14_336, 32, 32, 8)
 
 
-def count(c, head=True, norm=True, C=None, K=None):
+def count(c, head=True, norm=True, C=None, K=None, mlp=3):
     """Numbers in a model with config c; the options plant mistakes."""
     D, C = c.hidden_size, C or c.head_dim
     heads = c.num_attention_heads + (K or c.num_key_value_heads)
-    block = 2 * D * C * heads + 3 * D * c.intermediate_size + 2 * D
+    block = 2 * D * C * heads + mlp * D * c.intermediate_size + 2 * D
     own = head and not c.tie_word_embeddings
     tables = 2 if own else 1
     return tables * c.vocab_size * D + c.num_hidden_layers * block + norm * D
@@ -39,6 +40,10 @@ def check_parameters(answer):
     expect(
         found != count(TIED, K=4),
         "keys and values have K heads, fewer than the queries",
+    )
+    expect(
+        found != count(TIED, mlp=2),
+        "an MLP has three matrices: gate, up and down",
     )
     expect(
         found == count(TIED),
@@ -67,6 +72,11 @@ def width_of_a_head_by_division(config):
 @wrong("config.parameters", "K heads")
 def every_head_has_keys(config):
     return count(config, K=config.num_attention_heads)
+
+
+@wrong("config.parameters", "three matrices")
+def two_matrices_in_the_mlp(config):
+    return count(config, mlp=2)
 
 
 @wrong("config.parameters", "a second matrix")
@@ -102,7 +112,7 @@ def check_read_tensor(answer):
         path = Path(folder) / "three.safetensors"
         save_file(tensors, path)
         for name, right in tensors.items():
-            found = torch.as_tensor(answer(path, name).copy())
+            found = torch.tensor(numpy.asarray(answer(path, name)))
             expect(found.numel(), "no numbers: where did you start to read?")
             size = header(path)[0]
             for start, hint in (
