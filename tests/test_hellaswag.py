@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from llama_tut.config import InputError, LlamaConfig, find_pretrained
+from llama_tut.generate import pack_weights
 from llama_tut.hellaswag import (
     Example,
     accuracy,
@@ -395,10 +396,10 @@ def test_the_published_set_is_as_the_chapter_says(published):
 
 def test_published_examples_as_the_harness(published):
     file = published
-    count = int(os.environ.get("LLAMA_TUT_HELLASWAG", 24))
+    count = int(os.environ.get("LLAMA_TUT_HELLASWAG", 100))
     lines = file.read_text().splitlines()
     examples = read_examples(file, limit=200)
-    model = load_pretrained().eval()
+    model = pack_weights(load_pretrained().eval())
     name = "hellaswag_harness_first200.json"
     agree(name, examples, lines, model, count)
 
@@ -413,3 +414,35 @@ def test_transformers_model_scores_as_ours():
     for ours, other in zip(a, b, strict=True):
         assert ours["scores"] == pytest.approx(other["scores"], abs=1e-3)
         assert ours["pred_char"] == other["pred_char"]
+
+
+def whole_set(name):
+    """The committed predictions of all published examples."""
+    folder = ROOT / "benchmarks" / "results"
+    return read_predictions(folder / f"hellaswag_val_{name}.jsonl")
+
+
+def test_the_whole_set_is_predicted_as_by_transformers():
+    ours, theirs = whole_set("llama_tut"), whole_set("transformers")
+    assert [p["index"] for p in ours] == list(range(10_042))
+    for kind in ("sum", "char", "token"):
+        assert mcnemar(ours, theirs, kind) == (0, 0, 1.0)
+        key = f"pred_{kind}"
+        assert [p[key] for p in ours] == [p[key] for p in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["scores"] == pytest.approx(b["scores"], abs=2e-2)
+
+
+def test_the_whole_set_belongs_to_the_published_file(published):
+    labels = [(e.index, e.label) for e in read_examples(published)]
+    for name in ("llama_tut", "transformers"):
+        assert [(p["index"], p["label"]) for p in whole_set(name)] == labels
+
+
+def test_the_whole_set_is_what_the_harness_says(published):
+    file = ROOT / "benchmarks/results/hellaswag_harness_first200.json"
+    answers = json.loads(file.read_text())["answers"]
+    for ours, theirs in zip(whole_set("llama_tut"), answers, strict=False):
+        assert ours["label"] == theirs["label"]
+        assert ours["pred_sum"] == theirs["pred_sum"]
+        assert ours["pred_char"] == theirs["pred_char"]
