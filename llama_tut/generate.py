@@ -461,6 +461,8 @@ def stream_greedy(
     """
     check_request(model.config, input_ids, max_new_tokens)
     require(len(input_ids) == 1, "guessing ahead takes one prompt at a time")
+    if max_new_tokens == 0:
+        return
     room = input_ids.shape[1] + max_new_tokens + ahead + 1
     readers = [Reader(m, room, compiled) for m in (model, draft)]
     left = max_new_tokens

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -25,6 +26,7 @@ def test_checkers_tell_right_from_wrong(stem):
 @pytest.mark.parametrize("stem", TABLE)
 def test_each_exercise_has_an_empty_and_a_solved_cell(stem):
     notebook, module = TABLE[stem]
+    import_module(f"llama_tut.exercises.{module}")
     cells = nbformat.read(notebook, as_version=4).cells
     for tag, wanted in (("exercise", "not yet"), ("solution", "right")):
         said = "".join(

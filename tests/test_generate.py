@@ -275,6 +275,7 @@ def test_guessing_stops_where_streaming_stops(model):
     cut = wanted[: wanted.index(stop) + 1]
     assert new_tokens(model, model, stop_tokens=[stop]) == cut
     assert len(new_tokens(model, model, new=1)) == 1
+    assert new_tokens(model, model, new=0) == []
     assert new_tokens(model, model, new=3, ahead=8) == wanted[:3]
 
 
