@@ -39,9 +39,8 @@ def theirs(model, ids, new):
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new,
-        min_new_tokens=new,
         do_sample=False,
-        pad_token_id=0,
+        eos_token_id=None,  # as ours: no token ends the text
     )
     return out[0, ids.shape[1] :].tolist()
 
