@@ -8,6 +8,7 @@ I intermediate_size, V vocabulary, L layers, W ranks, N parameters.
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,13 +18,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import matplotlib.style
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from llama_tut.checkpoint import (
@@ -57,6 +60,7 @@ from llama_tut.optimizer import (
 )
 from llama_tut.tokens import (
     DatasetInfo,
+    first_tokens,
     load_dataset_info,
     read_tokenizer,
     write_json,
@@ -98,6 +102,9 @@ class TrainConfig:
     eval_rows: int = option(256, "rows of validation text to measure")
     hellaswag: str = option("", "also measure it: own, a jsonl file or hub id")
     hellaswag_limit: int = option(200, "examples of it to measure")
+    choice: int = option(
+        0, "also measure continuation choice on so many items"
+    )
     samples: int = option(2, "texts to write at the end")
     sample_tokens: int = option(100, "tokens of each text")
     prompt: str = option("", "how the texts begin")
@@ -113,7 +120,7 @@ AT_LEAST = {
     1: "steps sequence_length micro_batch_size tokens_per_step eval_rows "
     "vocab_multiple hellaswag_limit sample_tokens keep_checkpoints",
     0: "learning_rate warmup_steps final_fraction weight_decay beta1 beta2 "
-    "max_norm seed eval_every samples checkpoint_every",
+    "max_norm seed eval_every choice samples checkpoint_every",
 }
 AT_MOST = {"learning_rate": 10, "weight_decay": 10, "final_fraction": 1}
 AT_MOST |= {"beta1": 0.99999, "beta2": 0.99999, "seed": 2**63 - 1}
@@ -135,6 +142,11 @@ def check_options(config):
             raise InputError(
                 f"{flag(one.name)} {value!r}: take {' or '.join(allowed)}"
             )
+    if config.choice and config.sequence_length < CONTEXT + OPTION:
+        raise InputError(
+            f"--choice takes rows of {CONTEXT + OPTION} tokens: "
+            f"--sequence-length {config.sequence_length} is too short"
+        )
 
 
 def choices(one):
@@ -468,6 +480,168 @@ def floors(info):
     }
 
 
+# A choice between four continuations
+
+CONTEXT, OPTION = 40, 20  # tokens
+
+
+class Choices(NamedTuple):
+    """Items: which of four options goes on with the context?"""
+
+    contexts: torch.Tensor  # [N, 40]
+    options: torch.Tensor  # [N, 4, 20]
+    answers: torch.Tensor  # [N], which option is the true one
+
+
+def seam_places(tokens, line_end, end_of_text):
+    """Where an item can be cut out: (places of its seam, their documents).
+
+    The tokens at seam - 40 .. seam + 19 are of one document, and a line ends
+    in front of the seam. Arguments as in `choice_items`.
+    """
+    document = np.cumsum(tokens == end_of_text)
+    seams = np.arange(CONTEXT, len(tokens) - OPTION + 1)
+    first = seams - CONTEXT
+    one = document[first] == document[seams + OPTION - 1]
+    inside = one & (tokens[first] != end_of_text)
+    seams = seams[inside & line_end[tokens[seams - 1]]]
+    return seams, document[seams]
+
+
+def other_places(seam, seams, draw):
+    """Up to three of `seams`, whose windows touch no part of the item."""
+    taken = []
+    for place in draw.choice(seams, min(len(seams), 30), replace=False):
+        apart = place >= seam + OPTION or place + OPTION <= seam - CONTEXT
+        if apart and all(abs(place - other) >= OPTION for other in taken):
+            taken.append(place)
+    return taken[:3]
+
+
+def choice_items(tokens, line_end, end_of_text, count, seed=0):
+    """Draw items from a text.
+
+    Args:
+        tokens: ids, int64, with `end_of_text` in front of each document.
+        line_end: for each id whether its text has a line break, bool [V].
+
+    Returns: `Choices`.
+    Raises: InputError when the text has not so many items.
+    """
+    seams, document = seam_places(tokens, line_end, end_of_text)
+    draw, items = np.random.default_rng(seed), []
+    used = np.zeros(len(tokens), bool)
+    for i in draw.permutation(len(seams)):
+        if len(items) == count:
+            break
+        seam = seams[i]
+        first, last = np.searchsorted(document, document[i] + np.arange(2))
+        places = [seam, *other_places(seam, seams[first:last], draw)]
+        options = np.stack([tokens[p : p + OPTION] for p in places])
+        whole = slice(seam - CONTEXT, seam + OPTION)
+        if used[whole].any() or len(np.unique(options, axis=0)) < 4:
+            continue
+        used[whole] = True
+        order = draw.permutation(4)
+        context = tokens[seam - CONTEXT : seam]
+        items.append((context, options[order], order.argmin()))
+    if len(items) < count:
+        raise InputError(
+            f"--choice {count}: the validation text has only {len(items)} "
+            "such items: take fewer, or more text"
+        )
+    columns = zip(*items, strict=True)
+    return Choices(*(torch.from_numpy(np.stack(c)) for c in columns))
+
+
+@torch.no_grad()
+def window_log_p(model, contexts, options, rows_at_once=32):
+    """log p(option | context) -> [N]; contexts [N, S], options [N, 20]."""
+    device, sums = next(model.parameters()).device, []
+    rows = zip(
+        contexts.split(rows_at_once), options.split(rows_at_once), strict=True
+    )
+    for context, window in rows:
+        ids = torch.cat((context, window[:, :-1]), 1).to(device)
+        out = model(ids)
+        logits = getattr(out, "logits", out)[:, -OPTION:]  # [B, 20, V]
+        wanted = window.flatten().to(device)
+        logits = logits.flatten(0, 1).float()
+        nats = F.cross_entropy(logits, wanted, reduction="none")
+        sums.append(-nats.view(-1, OPTION).sum(1).cpu())
+    return torch.cat(sums)
+
+
+def choice_scores(model, choices, end_of_text, rows_at_once=32):
+    """How much each context speaks for each of its options, [N, 4].
+
+    Args:
+        model: maps ids [B, T] to logits [B, T, V]; ours or transformers'.
+        rows_at_once: B; the largest tensor is its logits, [B, 59, V].
+    """
+    options = choices.options.flatten(0, 1)
+    contexts = choices.contexts.repeat_interleave(4, 0)
+    nothing = torch.full_like(contexts[:, :1], end_of_text)
+    score = window_log_p(model, contexts, options, rows_at_once)
+    score = score - window_log_p(model, nothing, options, rows_at_once)
+    return score.view(-1, 4)
+
+
+def choice_accuracy(scores, answers):
+    """(accuracy, its standard error) of scores [N, 4]."""
+    right = (scores.argmax(1) == answers).double().mean().item()
+    return right, math.sqrt(right * (1 - right) / max(len(answers) - 1, 1))
+
+
+def choice_baselines(choices, train, tokenizer):
+    """Accuracies that need no model of the text: {name: accuracy}.
+
+    Args:
+        train: ids of training text, int64, whose pairs are counted.
+    """
+
+    def words(ids):
+        return set(re.findall(r"\w+", tokenizer.decode(ids).lower()))
+
+    V = tokenizer.get_vocab_size()
+    last, first = choices.contexts[:, -1:], choices.options[:, :, 0]
+    wanted, where = np.unique(last * V + first, return_inverse=True)
+    pairs = train[:-1] * V + train[1:]
+    pairs = pairs[np.isin(pairs, wanted)]
+    places = np.searchsorted(wanted, pairs)
+    counts = np.bincount(places, minlength=len(wanted))
+    seam = torch.from_numpy(counts[where]).view(first.shape)  # [N, 4]
+    items = zip(
+        choices.contexts.tolist(), choices.options.tolist(), strict=True
+    )
+    shared = [[len(words(o) & words(c)) for o in four] for c, four in items]
+    return {
+        "bigram at the seam": choice_accuracy(seam, choices.answers)[0],
+        "word overlap": choice_accuracy(torch.tensor(shared), choices.answers)[
+            0
+        ],
+        "chance": 0.25,
+    }
+
+
+CHOICE_TOKENS = 10_000_000  # of each split
+
+
+def read_choices(folder, count):
+    """Items of a data folder's validation text: (`Choices`, baselines).
+
+    Raises: InputError as `choice_items`.
+    """
+    info = load_dataset_info(folder)
+    tokenizer = read_tokenizer(Path(folder) / "tokenizer")
+    texts = [tokenizer.decode([i]) for i in range(info.vocab_size)]
+    line_end = np.array(["\n" in text for text in texts])
+    val = first_tokens(folder, "val", CHOICE_TOKENS)
+    choices = choice_items(val, line_end, info.end_of_text, count)
+    train = first_tokens(folder, "train", CHOICE_TOKENS)
+    return choices, choice_baselines(choices, train, tokenizer)
+
+
 # Saying something, and agreeing
 
 
@@ -665,6 +839,8 @@ class Run:
     cast: Callable
     step: int = 0
     recorder: Recorder | None = None
+    choices: Choices | None = None
+    baselines: dict = field(default_factory=dict)
 
 
 def open_loaders(config, ranks):
@@ -877,7 +1053,7 @@ def peak_flops(device):
 
 
 def measure(run):
-    """Validation loss, and HellaSwag where wanted, for metrics.jsonl."""
+    """Validation loss, and what else is wanted, for metrics.jsonl."""
     rows = min(run.config.eval_rows, len(run.validation))
     nats = evaluate(run.model, run.validation, rows, run.ranks, run.cast)
     line = {"val_loss": nats, "bits_per_byte": run.info.bits_per_byte(nats)}
@@ -887,6 +1063,10 @@ def measure(run):
         acc, error = on_rank_zero(run.ranks, measure_hellaswag, run)
         line["hellaswag"] = acc
         text += f", HellaSwag {acc:.1%} ± {error:.1%}"
+    if run.config.choice:
+        right, error = on_rank_zero(run.ranks, measure_choice, run)
+        line["choice"] = right
+        text += f", choice {right:.1%} ± {error:.1%}"
     say(run.ranks, f"step {run.step:,}: {text}")
     return line
 
@@ -907,6 +1087,25 @@ def load_tokenizer(run):
     from transformers import AutoTokenizer  # takes seconds to import
 
     return AutoTokenizer.from_pretrained(Path(run.config.data) / "tokenizer")
+
+
+def measure_choice(run, choices=None):
+    """Accuracy on the items of the run, or others; its standard error."""
+    choices = choices or run.choices
+    run.model.eval()
+    with run.cast():
+        scores = choice_scores(run.model, choices, run.info.end_of_text)
+    run.model.train()
+    return choice_accuracy(scores, choices.answers)
+
+
+def open_choices(run):
+    """Rank 0: read the items, and measure them before the first step."""
+    read = read_choices(run.config.data, run.config.choice)
+    run.choices, run.baselines = read
+    if run.step == 0:
+        right, error = measure_choice(run)
+        say(run.ranks, f"step 0: choice {right:.1%} ± {error:.1%}, untrained")
 
 
 def loop(run, signals):
@@ -938,34 +1137,62 @@ def due(step, every):
 
 
 def draw_curves(folder, info, more=None):
-    """A Figure of the losses in a run's metrics.jsonl, with its floors.
+    """A Figure of a run's metrics.jsonl: losses, floors, choice if measured.
 
     Args:
         more: further horizontal lines, {name: nats}.
     """
     lines = read_metrics(Path(folder) / "metrics.jsonl")
+    chosen = [line for line in lines if "choice" in line]
+    heights = (3, 2) if chosen else (1,)
     with matplotlib.style.context("llama_tut.book"):
-        figure = Figure((7.2, 4.0), layout="constrained")
-        ax = figure.add_subplot(yscale="log")
-        for name, key, style in (
-            ("training", "loss", dict(lw=0.7, alpha=0.7)),
-            ("validation", "val_loss", dict(marker="o", ms=4)),
-        ):
-            pairs = [(s["tokens"], s[key]) for s in lines if key in s]
-            ax.plot(*zip(*pairs, strict=True), label=name, **style)
-        for name, nats in {**floors(info), **(more or {})}.items():
-            ax.axhline(nats, color="0.4", lw=1, ls="--", zorder=0)
-            where = dict(xycoords=("axes fraction", "data"), fontsize=9)
-            text = f"{name} {nats:.2f}"
-            ax.annotate(text, (1.01, nats), va="center", **where)
-        low, high = ax.get_ylim()
-        ticks = [t for t in (0.7, 1, 1.5, 2, 3, 4, 5, 6, 8) if low < t < high]
-        ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        ax.minorticks_off()
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.set(xlabel="tokens", ylabel="nats a token")
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        figure = Figure((7.2, 6.4 if chosen else 4.0), layout="constrained")
+        shape = dict(squeeze=False, sharex=True, height_ratios=heights)
+        axes = figure.subplots(len(heights), **shape)[:, 0]
+        draw_losses(axes[0], lines, {**floors(info), **(more or {})})
+        if chosen:
+            about = json.loads((Path(folder) / "config.json").read_text())
+            draw_choice(axes[1], chosen, about["choice"])
+        axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes[-1].set(xlabel="tokens")
     return figure
+
+
+def draw_level(ax, text, height, va="center"):
+    """A dashed line across a panel, with its text at the right edge."""
+    ax.axhline(height, color="0.4", lw=1, ls="--", zorder=0)
+    where = dict(xycoords=("axes fraction", "data"), fontsize=9)
+    ax.annotate(text, (1.01, height), va=va, **where)
+
+
+def draw_losses(ax, lines, levels):
+    """Training and validation loss of a run over tokens."""
+    for name, key, style in (
+        ("training", "loss", dict(lw=0.7, alpha=0.7)),
+        ("validation", "val_loss", dict(marker="o", ms=4)),
+    ):
+        pairs = [(s["tokens"], s[key]) for s in lines if key in s]
+        ax.plot(*zip(*pairs, strict=True), label=name, **style)
+    for name, nats in levels.items():
+        draw_level(ax, f"{name} {nats:.2f}", nats)
+    ax.set(yscale="log", ylabel="nats a token")
+    low, high = ax.get_ylim()
+    ticks = [t for t in (0.7, 1, 1.5, 2, 3, 4, 5, 6, 8) if low < t < high]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+
+def draw_choice(ax, lines, baselines):
+    """Accuracy of continuation choice, above what needs no model."""
+    tokens = [line["tokens"] for line in lines]
+    ax.plot(tokens, [line["choice"] for line in lines], "o-", ms=4)
+    names = sorted(baselines, key=baselines.get)
+    places = ("center", "top", "bottom")  # the upper two are close
+    for name, va in zip(names, places, strict=True):
+        draw_level(ax, f"{name} {baselines[name]:.0%}", baselines[name], va)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(ylabel="choice, right")
 
 
 def report(run, nats):
@@ -978,6 +1205,16 @@ def report(run, nats):
     for name, value in table.items():
         bits = run.info.bits_per_byte(value)
         say(run.ranks, f"{name:12}{value:12.4f}{bits:13.4f}")
+
+
+def report_choice(run, right):
+    """Print the accuracy on the items beside what it must be above."""
+    swapped = run.choices.contexts.roll(1, 0)
+    swapped = measure_choice(run, run.choices._replace(contexts=swapped))[0]
+    table = {"this model": right, "context of another item": swapped}
+    say(run.ranks, f"\ncontinuation choice, {run.config.choice:,} items:")
+    for name, value in {**table, **run.baselines}.items():
+        say(run.ranks, f"{name:24}{value:6.1%}")
 
 
 def write_samples(run):
@@ -1014,6 +1251,8 @@ def finish(run, ended):
             curves.savefig(folder / "curves.png", dpi=150)
         if ended:
             report(run, lines[-1].get("val_loss", math.nan))
+            if "choice" in lines[-1] and run.choices:
+                report_choice(run, lines[-1]["choice"])
             write_samples(run)
             save_pretrained(run.model, folder / "model", load_tokenizer(run))
             say(run.ranks, f"\nwrote {folder / 'model'}")
@@ -1052,6 +1291,8 @@ def train(config, build_model=build_llama):
 
 def carry_out(run, signals):
     """Train a prepared run to its end, or to a signal."""
+    if run.config.choice:
+        on_rank_zero(run.ranks, open_choices, run)
     on_rank_zero(run.ranks, open_recorder, run)
     try:
         if run.config.hellaswag:  # better wrong now than after an hour
@@ -1073,6 +1314,7 @@ def open_recorder(run):
         "command": sys.argv,
         "torch": torch.__version__,
         "data": asdict(run.info),
+        "choice": run.baselines,
     }
     try:
         write_json(folder / "config.json", about)

@@ -2,12 +2,14 @@
 
 import json
 import math
+import random
 import re
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from training_setup import OPTIONS, ROOT, losses, metrics, tiny_data
@@ -18,16 +20,20 @@ from llama_tut.distributed import Ranks
 from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
-from llama_tut.tokens import load_dataset_info
+from llama_tut.tokens import load_dataset_info, prepare
 from llama_tut.trainer import (
     PRESETS,
     TrainConfig,
     build_llama,
+    choice_accuracy,
+    choice_items,
+    choice_scores,
     configure,
     evaluate,
     flag,
     memory_plan,
     micro_steps,
+    read_choices,
     train,
     train_step,
 )
@@ -385,6 +391,157 @@ def test_hellaswag_is_measured_when_asked_for(config):
         train(replace(config, steps=1000))
     config = replace(config, sequence_length=128, steps=1, resume=True)
     assert train(config)["hellaswag"] in (0, 0.25, 0.5, 0.75, 1)
+
+
+def places_text(seed):
+    """A text whose ids are places: (ids, line ends, document of each)."""
+    draw = random.Random(seed)
+    ids = np.arange(20_000)
+    ids[[0, *(i for i in range(1, 20_000) if draw.random() < 1 / 300)]] = 0
+    ends = np.array([draw.random() < 0.1 for _ in ids])
+    return ids, ends, np.cumsum(ids == 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_choice_items_are_cut_as_promised(seed):
+    ids, ends, document = places_text(seed)
+    items = choice_items(ids, ends, 0, 80, seed)
+    assert [tuple(column.shape) for column in items] == [
+        (80, 40),
+        (80, 4, 20),
+        (80,),
+    ]
+    used = []
+    for context, options, answer in zip(*items, strict=True):
+        spans = [context, *options]
+        for span in spans:
+            first, last = int(span[0]), int(span[-1])
+            assert span.tolist() == list(range(first, last + 1))
+            assert document[first] == document[context[0]] == document[last]
+        assert options[answer, 0] == context[-1] + 1
+        assert ends[options[:, 0] - 1].all()
+        assert len(set(torch.cat(spans).tolist())) == 40 + 4 * 20
+        used += [*context.tolist(), *options[answer].tolist()]
+    assert len(set(used)) == len(used) == 80 * 60
+    counts = torch.bincount(items.answers, minlength=4)
+    assert counts.min() > 5
+
+
+def test_choice_items_are_always_the_same():
+    ids, ends, _ = places_text(0)
+    whole = choice_items(ids, ends, 0, 80)
+    for count in (1, 30, 80):
+        again = choice_items(ids, ends, 0, count)
+        for one, two in zip(whole, again, strict=True):
+            assert torch.equal(one[:count], two)
+    other = choice_items(ids, ends, 0, 80, seed=1)
+    assert not torch.equal(whole.contexts, other.contexts)
+    with pytest.raises(InputError, match="--choice 9999: .* only [1-9]"):
+        choice_items(ids, ends, 0, 9999)
+
+
+class Oracle(torch.nn.Module):
+    """Logits of a text in which id + 1 follows id, as transformers' models."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.randn(V))
+
+    def forward(self, ids):
+        V = len(self.bias)
+        logits = torch.nn.functional.one_hot((ids + 1) % V, V) * 20.0
+        return SimpleNamespace(logits=logits + self.bias)
+
+
+def test_choice_of_an_oracle_and_of_its_control():
+    ids, ends, _ = places_text(0)
+    ids, V = ids[:3000].copy(), 3000
+    torch.manual_seed(0)
+    model, items = Oracle(V), choice_items(ids, ends[:3000], 0, 15)
+    assert choice_accuracy(choice_scores(model, items, 0), items.answers) == (
+        1,
+        0,
+    )
+    rights = []
+    for shift in range(1, 15):
+        swapped = items._replace(contexts=items.contexts.roll(shift, 0))
+        scores = choice_scores(model, swapped, 0)
+        rights.append(choice_accuracy(scores, items.answers)[0])
+    assert np.mean(rights) == pytest.approx(0.25, abs=0.1)
+
+
+def test_choice_scores_by_hand_and_in_any_batch(config, data):
+    info = load_dataset_info(data)
+    ids, ends, _ = places_text(0)
+    items = choice_items(ids, ends, 0, 7)
+    items = items._replace(
+        contexts=items.contexts % info.vocab_size,
+        options=items.options % info.vocab_size,
+    )
+    model = build_llama(config, info).eval()
+    expected = torch.zeros(7, 4)
+    for n in range(7):
+        for k in range(4):
+            for sign, start in ((1, items.contexts[n]), (-1, [0])):
+                row = torch.tensor([*start, *items.options[n, k]])
+                with torch.no_grad():
+                    logits = model(row[None, :-1])[0]
+                nats = torch.nn.functional.cross_entropy(
+                    logits[-20:], row[-20:], reduction="sum"
+                )
+                expected[n, k] -= sign * nats
+    for rows in (1, 5, 28, 64):
+        found = choice_scores(model, items, 0, rows)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """A data folder with lines that share their letters with the next."""
+    folder, draw = tmp_path_factory.mktemp("stories"), random.Random(0)
+    topics = ["a b c d", "e f g h", "i j k l", "m n o p", "q r s t"]
+    lines = []
+    for n in range(3000):  # ten lines a topic
+        words = topics[n // 10 % len(topics)].split()
+        lines.append(" ".join(draw.choices(words, k=9)))
+    (folder / "text.txt").write_text("\n".join(lines))
+    how = dict(tokenizer="bpe", vocab_size=280, val_share=0.3)
+    prepare([folder / "text.txt"], folder / "data", 1, **how)
+    return folder / "data"
+
+
+def test_a_run_measures_choice(config, stories, capsys):
+    shape = dict(sequence_length=64, eval_every=1, steps=2, samples=0)
+    config = replace(config, data=str(stories), choice=40, **shape)
+    last = train(config)
+    out = capsys.readouterr().out
+    assert "step 0: choice" in out and "untrained" in out
+    found = [line["choice"] for line in metrics(config.out)]
+    assert len(found) == 2 and last["choice"] == found[-1]
+    assert found[-1] * 40 == pytest.approx(round(found[-1] * 40))
+    about = json.loads((Path(config.out) / "config.json").read_text())
+    _, baselines = read_choices(stories, 40)
+    assert about["choice"] == baselines and baselines["chance"] == 0.25
+    assert baselines["word overlap"] > 0.35
+    report = out[out.index("continuation choice, 40 items") :]
+    for name in ("this model", "context of another item", *baselines):
+        assert name in report
+    assert f"{'this model':24}{last['choice']:6.1%}" in report
+    again = train(replace(config, resume=True))
+    assert again == last and report in capsys.readouterr().out
+
+
+def test_choice_refuses_before_training(config, stories):
+    with pytest.raises(InputError, match="rows of 60 tokens"):
+        replace(config, choice=1)
+    config = replace(config, sequence_length=64)
+    with pytest.raises(InputError, match="--choice must be at least 0"):
+        replace(config, choice=-1)
+    with pytest.raises(InputError, match="has only 0 such items"):
+        train(replace(config, choice=1))  # this text has no lines
+    with pytest.raises(InputError, match="has only [1-9]"):
+        train(replace(config, choice=10**6, data=str(stories)))
+    assert not (Path(config.out) / "metrics.jsonl").exists()
 
 
 def test_muon_needs_less_memory_than_planned(config, data):

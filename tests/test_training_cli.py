@@ -233,6 +233,8 @@ def train_here(monkeypatch, capsys, options):
         ({"rope_scaling": "{"}, "not a RopeScaling"),
         ({"hidden_size": 10**6, "head_dim": 64}, "a rank needs"),
         ({"sequence_length": 4096, "tokens_per_step": 8192}, "take more text"),
+        ({"choice": 9}, "--choice takes rows of 60 tokens"),
+        ({"choice": 9, "sequence_length": 64}, "only 0 such items"),
         ({"resume": True, "out": "FILE"}, "File exists"),
         ({"out": "FILE/run"}, "Not a directory"),
     ],
