@@ -2,7 +2,7 @@
 """Trainer: options, presets, a plan of memory, and the loop that trains.
 
 Letters: B batch, T time, D hidden_size, H heads, K kv heads, C head_dim,
-I intermediate_size, V vocabulary, L layers, W ranks, N parameters.
+I intermediate_size, V vocabulary, L layers, W ranks, N parameters or items.
 """
 
 import json

@@ -17,10 +17,12 @@ show() { # print a command, then run it
 #    into 2,048 different tokens. About a minute; later runs find it done.
 show python scripts/prepare.py --corpus docs --vocab-size 2048 --out "$DATA"
 
-# 2. Training: two ranks, a LLaMA of 1.07 million parameters.
+# 2. Training: two ranks, a LLaMA of 1.07 million parameters. Beside the loss,
+#    how often it finds which of four windows goes on with a text.
 show env NPROC=2 scripts/train_ddp.sh --preset laptop \
   --data "$DATA" --out "$RUN" --resume \
-  --optimizer muon --learning-rate 4e-3 --dtype auto
+  --optimizer muon --learning-rate 4e-3 --dtype auto \
+  --choice 500 --eval-every 500
 
 # 3. What came out.
 if [ ! -d "$RUN/model" ]; then
@@ -29,7 +31,7 @@ if [ ! -d "$RUN/model" ]; then
 fi
 cat <<TEXT
 
-$RUN/curves.png   the losses and their floors
+$RUN/curves.png   the losses, the choices, and what needs no model
 $RUN/model        a folder that transformers loads; to go on with it:
     .venv/bin/python scripts/sample.py --model $RUN/model --prompt "Return the"
 TEXT
