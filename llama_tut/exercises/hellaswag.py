@@ -92,6 +92,19 @@ def gap_not_squared(lost, won):
     return pairs(lost, won, power=1)
 
 
+def by_variance(variance, lost, won):
+    return 1.96**2 * variance / (lost - won) ** 2
+
+
+def differs_or_not(lost, won):
+    p = lost + won
+    return by_variance(p * (1 - p), lost, won)
+
+
+def two_coins(lost, won):
+    return by_variance(lost * (1 - lost) + won * (1 - won), lost, won)
+
+
 SLIPS = {
     mean_not_taken_away: "a variance is the mean of the squares minus the "
     "square of the mean",
@@ -101,6 +114,10 @@ SLIPS = {
     "pair is one number already, 1, 0 or -1",
     gap_not_squared: "the gap is squared: half the gap needs four times the "
     "examples",
+    differs_or_not: "p(1 - p) is the variance of a number that is 0 or 1: a "
+    "pair is 1, 0 or -1",
+    two_coins: "lost(1 - lost) and won(1 - won) do not simply add: no example "
+    "is both lost and won",
 }
 
 

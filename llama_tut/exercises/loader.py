@@ -74,6 +74,15 @@ def check_epoch(answer):
         "your steps cross the ends of shards: each shard has a tail that no "
         "step reads",
     )
+    expect(
+        found not in (37_642, 37_544),
+        "you round up, or to the nearest: a step that a shard cannot fill is "
+        "not taken, so round down",
+    )
+    expect(
+        found != 37_719,
+        "the last shard is shorter: each shard has its own number of steps",
+    )
     expect(found == 37_543, f"{found} for the published runs: it is 37,543")
     expect(
         answer([17, 16], 8) == 3,
@@ -93,7 +102,17 @@ def no_last_target(lengths, step):
     return sum(n // step for n in lengths)
 
 
-@wrong("loader.epoch", "it is 37,543")
+@wrong("loader.epoch", "round down")
+def to_the_nearest(lengths, step):
+    return sum(round((n - 1) / step) for n in lengths)
+
+
+@wrong("loader.epoch", "round down")
+def rounded_up(lengths, step):
+    return sum(-(-(n - 1) // step) for n in lengths)
+
+
+@wrong("loader.epoch", "the last shard is shorter")
 def like_the_first(lengths, step):
     return len(lengths) * ((lengths[0] - 1) // step)
 

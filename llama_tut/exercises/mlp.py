@@ -118,6 +118,10 @@ def check_backward(answer):
     ):
         same = torch.allclose(found[0], dy * value * slope, atol=1e-5)
         expect(not same, hint)
+    expect(
+        not torch.allclose(found[1], dy * value, atol=1e-5),
+        "d value: the slope in u is the other factor, silu(z), and not u",
+    )
     expect_close(found[0], wanted[0], "d gate is dy * value * slope", 1e-4)
     expect_close(found[1], wanted[1], "d value is dy * silu(gate)", 1e-4)
 
@@ -134,7 +138,7 @@ def slope_of_sigmoid(gate, value, dy):
     return dy * value * s * (1 - s), dy * gate * s
 
 
-@wrong("mlp.backward", "dy * silu(gate)")
+@wrong("mlp.backward", "the other factor")
 def value_for_itself(gate, value, dy):
     s = torch.sigmoid(gate)
     return dy * value * (s + gate * s * (1 - s)), dy * value

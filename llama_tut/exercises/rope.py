@@ -25,6 +25,13 @@ def check_theta(answer):
             "your slowest pair moves by 1 radian: a turn is 2 pi",
         )
         expect(
+            not math.isclose(
+                found, (tokens / (2 * math.pi)) ** ((C - 2) / C), rel_tol=1e-4
+            ),
+            "your exponent is upside down: theta^((C - 2)/C) is given, theta "
+            "is asked for",
+        )
+        expect(
             math.isclose(turns, 1, rel_tol=1e-4),
             f"with C {C} your slowest pair makes {turns:.4g} turns in "
             f"{tokens:,} tokens, not 1",
@@ -41,7 +48,7 @@ def radians_for_turns(C, tokens):
     return tokens ** (C / (C - 2))
 
 
-@wrong("rope.theta", "turns in 8,192 tokens")
+@wrong("rope.theta", "upside down")
 def exponent_upside_down(C, tokens):
     return (tokens / (2 * math.pi)) ** ((C - 2) / C)
 
@@ -72,6 +79,10 @@ def check_half_split(answer):
         not torch.equal(found[:8], weight[back]),
         "that is the way back, from half-split to neighbours",
     )
+    expect(
+        not torch.equal(found, weight),
+        "no row has moved, yours reads 0 1 2 3 4 5 6 7",
+    )
     expect_close(
         found,
         right,
@@ -91,7 +102,7 @@ def way_back(weight, heads):
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-@wrong("rope.half_split", "yours reads 0 1 2 3")
+@wrong("rope.half_split", "no row has moved")
 def nothing_moved(weight, heads):
     return weight
 
@@ -202,6 +213,11 @@ def check_move(answer):
             steps > 0 or not torch.allclose(found, at(250), atol=1e-3),
             "a negative number of steps must turn the other way",
         )
+        expect(
+            steps < 0 or not torch.allclose(found, at(150 - steps), atol=1e-3),
+            "your keys go back where they must go on: the angle has the "
+            "wrong sign",
+        )
         expect_close(
             found,
             at(150 + steps),
@@ -222,7 +238,7 @@ def forward_only(k, steps, config):
     return apply_rotary(k, *tables)
 
 
-@wrong("rope.move", "not those of the new positions")
+@wrong("rope.move", "the wrong sign")
 def backward(k, steps, config):
     cos, sin = LlamaRotaryEmbedding(config)(torch.tensor([steps]))
     return apply_rotary(k, cos, -sin)
