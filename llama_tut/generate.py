@@ -7,6 +7,7 @@ heads, C head_dim, D hidden_size, V vocabulary, N new tokens.
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from llama_tut.config import require
 
@@ -340,121 +341,195 @@ def pack_weights(model):
     return model
 
 
-# Faster: guess in bfloat16, check in float32
+# Faster: fewer operators
 
 
-class FixedLayer:
-    """One layer of a `KVCache`, written at given places and read whole.
+def stacked(layers, pack):
+    """One linear layer in place of several that read the same vector.
 
     Args:
-        layer: a `LayerCache`.
-        places: [T], where the next tokens go.
+        layers: weights [O_i, I].
+        pack: in oneDNN's order, where `can_pack` says yes.
+    """
+    weight = torch.cat([layer.detach() for layer in layers])  # [O, I]
+    if pack and can_pack(weight):
+        return PackedLinear(weight)
+    linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+class FastLayer(nn.Module):
+    """A `LlamaDecoderLayer` for one row of text, in few operators.
+
+    Args:
+        layer: the layer whose weights are copied.
+        config: a `LlamaConfig`.
+        pack: see `stacked`.
     """
 
-    def __init__(self, layer, places):
-        self.layer, self.places = layer, places
+    def __init__(self, layer, config, pack):
+        super().__init__()
+        a, m = layer.self_attn, layer.mlp
+        self.heads = config.num_attention_heads, config.num_key_value_heads
+        self.width, self.eps = config.head_dim, config.rms_norm_eps
+        self.gain = layer.input_layernorm.weight
+        self.qkv = stacked(
+            [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight], pack
+        )
+        self.out = stacked([a.o_proj.weight], pack)
+        self.mlp_gain = layer.post_attention_layernorm.weight
+        self.gate_up = stacked([m.gate_proj.weight, m.up_proj.weight], pack)
+        self.down = stacked([m.down_proj.weight], pack)
 
-    def update(self, k, v):
-        """Write k, v [B, K, T, C] -> the whole memory, [B, K, S, C]."""
-        self.layer.keys.index_copy_(2, self.places, k)
-        self.layer.values.index_copy_(2, self.places, v)
-        return self.layer.keys, self.layer.values
+    def forward(self, x, cos, sin, bias, places, keys, values):
+        """x [T, D] -> [T, D]; the rest as `FastModel` makes it."""
+        (T, D), (H, K), C = x.shape, self.heads, self.width
+        y = self.qkv(F.rms_norm(x, (D,), self.gain, self.eps))
+        qk, v = y.view(T, -1, C).split([H + K, K], dim=1)
+        qk = (qk * cos + qk.roll(C // 2, -1) * sin).to(x.dtype)
+        q, k = qk.transpose(0, 1).split([H, K])  # [H, T, C], [K, T, C]
+        keys.index_copy_(2, places, k[None])
+        values.index_copy_(2, places, v.transpose(0, 1)[None])
+        q = q.reshape(1, K, -1, C)  # [1, K, G*T, C]
+        y = F.scaled_dot_product_attention(q, keys, values, bias)
+        y = y.view(H, T, C).transpose(0, 1).reshape(T, H * C)  # [T, H*C]
+        x = x + self.out(y)  # [T, D]
+        y = self.gate_up(F.rms_norm(x, (D,), self.mlp_gain, self.eps))
+        gate, up = y.chunk(2, dim=-1)  # [T, I], [T, I]
+        return x + self.down(F.silu(gate) * up)  # [T, D]
 
 
-class Reader(nn.Module):
+class FastModel(nn.Module):
+    """A finished model, rewritten to read one row of text; no gradients.
+
+    Args:
+        model: a `LlamaForCausalLM`, not packed; its matrices are copied.
+        compiled: compile `step`, once for each number of tokens and each
+            capacity; sets inductor's global `freezing`. Only `step` is.
+    """
+
+    def __init__(self, model, compiled=False):
+        super().__init__()
+        body, self.config = model.model, model.config
+        self.embeddings = body.embed_tokens.weight
+        self.layers = nn.ModuleList(
+            FastLayer(layer, model.config, pack=not compiled)
+            for layer in body.layers
+        )
+        self.norm, self.rotary = body.norm, body.rotary_emb
+        self.head = stacked([model.output_weight], pack=not compiled)
+        self.step = self.forward
+        if compiled:
+            torch._inductor.config.freezing = True
+            self.step = torch.compile(self.forward, dynamic=False)
+
+    def forward(self, ids, places, memory):
+        """ids [T], places [T] -> logits [T, V].
+
+        Args:
+            places: the positions of the tokens, and where the memory takes
+                them.
+            memory: keys and values [1, K, S, C] of each layer.
+        """
+        c, S = self.config, memory[0][0].shape[2]
+        cos, sin = self.rotary(places)  # [T, C/2], [T, C/2]
+        cos = torch.cat([cos, cos], -1)[:, None]  # [T, 1, C]
+        sin = torch.cat([-sin, sin], -1)[:, None]  # [T, 1, C]
+        x = self.embeddings[ids]  # [T, D]
+        hidden = torch.arange(S, device=ids.device) > places[:, None]  # [T, S]
+        bias = x.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+        groups = c.num_attention_heads // c.num_key_value_heads
+        how = cos, sin, bias.repeat(groups, 1), places  # bias [G*T, S]
+        for layer, held in zip(self.layers, memory, strict=True):
+            x = layer(x, *how, *held)  # [T, D]
+        return self.head(self.norm(x))  # [T, V]
+
+
+class Reader:
     """A model and what it has read, one row of text.
 
     Args:
-        model: a `LlamaForCausalLM`, packed or not.
-        capacity: the most tokens that it may read.
-        compiled: compile the step, for each number of tokens that comes
-            behind the prompt; `model` must not be packed.
+        model: a `FastModel`.
+        capacity: the most tokens that it may hold.
     """
 
-    def __init__(self, model, capacity, compiled=False):
-        super().__init__()
+    def __init__(self, model, capacity):
         self.model, self.length = model, 0
-        embedding = model.model.embed_tokens.weight
-        kind = embedding.dtype, embedding.device
-        self.cache = KVCache(model.config, 1, capacity, *kind)
-        self.step = self.plain_step
-        if compiled:
-            self.step = torch.compile(
-                self.plain_step, dynamic=False, options={"freezing": True}
-            )
+        c, table = model.config, model.embeddings
+        shape = 1, c.num_key_value_heads, capacity, c.head_dim
+        self.memory = [
+            (table.new_zeros(shape), table.new_zeros(shape))
+            for _ in model.layers
+        ]
 
-    def plain_step(self, ids, places):
-        """ids [1, T], places [T] -> logits [1, T, V]."""
-        layers = [FixedLayer(layer, places) for layer in self.cache]
-        keys = torch.arange(self.cache[0].keys.shape[2], device=ids.device)
-        mask = keys <= places[:, None]  # [T, S]
-        return self.model.head(self.model.model(ids, places, mask, layers))
-
-    def read(self, ids):
-        """Read ids [1, T] -> logits behind each, [1, T, V]."""
-        start, self.length = self.length, self.length + ids.shape[1]
-        places = torch.arange(start, self.length, device=ids.device)
+    @torch.no_grad()
+    def read(self, tokens):
+        """Read a list of T ids -> logits behind each, [T, V]."""
+        start, self.length = self.length, self.length + len(tokens)
+        device = self.model.embeddings.device
+        # Fresh tensors: other strides would be another program.
+        ids = torch.tensor(tokens, device=device)  # [T]
+        places = torch.arange(start, self.length, device=device)  # [T]
         # Prompts come in all lengths: the first call is never compiled.
-        step = self.plain_step if start == 0 else self.step
-        return step(ids, places)
+        step = self.model.step if start > 0 else self.model
+        return step(ids, places, self.memory)  # [T, V]
 
     def forget(self, length):
         """Keep the first `length` tokens, at most."""
         self.length = min(self.length, length)
 
 
+# Faster: guess in bfloat16, check in float32
+
+
 @torch.no_grad()
-def speculate(target, draft, input_ids, ahead=16):
+def speculate(target, draft, prompt, ahead=16):
     """Yield the greedy continuation by `target`, some tokens at a time.
 
     Source: Leviathan et al., 2022 (arXiv 2211.17192), the greedy case.
 
     Args:
-        target, draft: fresh `Reader`s of models with one vocabulary.
-        input_ids: the prompt, [1, T].
+        target, draft: empty `Reader`s of models with one vocabulary.
+        prompt: a list of ids.
         ahead: how many tokens the draft guesses in a round.
 
     Yields:
-        ids [1, 1] behind the prompt, then [1, 1 to ahead + 1], without end.
+        A list of 1 id, then lists of 1 to ahead + 1, without end.
     """
-    last = unread = target.read(input_ids)[:, -1:].argmax(-1)  # [1, 1]
-    _ = draft.read(input_ids)
-    yield last
+    last = target.read(prompt)[-1].argmax().item()
+    _ = draft.read(prompt)
+    unread = [last]
+    yield [last]
     while True:
-        guesses = []
-        for _ in range(ahead):
-            for token in unread.split(1, dim=1):
-                logits = draft.read(token)  # [1, 1, V]
-            unread = logits.argmax(-1)  # [1, 1]
-            guesses.append(unread)
-        guesses, before = torch.cat(guesses, dim=1), target.length
-        read = torch.cat([last, guesses], dim=1)  # [1, ahead + 1]
-        right = target.read(read).argmax(-1)  # [1, ahead + 1]
-        agree = (right[:, :-1] == guesses).cumprod(1).sum().item()
+        guesses, before = [], target.length
+        while len(guesses) < ahead:
+            for token in unread:  # one by one: a single shape
+                logits = draft.read([token])  # [1, V]
+            unread = [logits.argmax().item()]
+            guesses += unread
+        right = target.read([last, *guesses]).argmax(-1).tolist()
+        agree = 0
+        while agree < ahead and guesses[agree] == right[agree]:
+            agree += 1
         target.forget(before + 1 + agree)
         draft.forget(before + 1 + agree)
-        new = right[:, : agree + 1]  # [1, agree + 1]
+        new = right[: agree + 1]
         behind = before + 2 + agree - draft.length  # 1, or 2 if all agree
-        last, unread = new[:, -1:], new[:, -behind:]
+        last, unread = new[-1], new[-behind:]
         yield new
 
 
 def stream_greedy(
-    model,
-    draft,
-    input_ids,
-    max_new_tokens=100,
-    stop_tokens=(),
-    ahead=16,
-    compiled=False,
+    model, draft, input_ids, max_new_tokens=100, stop_tokens=(), ahead=16
 ):
     """Yield the tokens that `stream` would at temperature 0, ids [1].
 
     Args:
-        model: decides; a `LlamaForCausalLM`, packed or not.
-        draft: guesses; a faster model with the same vocabulary.
+        model: decides; a `FastModel`.
+        draft: guesses; a faster `FastModel` with the same vocabulary.
         input_ids: one prompt, [1, T].
-        ahead, compiled: see `speculate` and `Reader`.
+        ahead: see `speculate`.
 
     Raises:
         InputError: see `check_request`; or there is more than one prompt.
@@ -464,13 +539,13 @@ def stream_greedy(
     if max_new_tokens == 0:
         return
     room = input_ids.shape[1] + max_new_tokens + ahead + 1
-    readers = [Reader(m, room, compiled) for m in (model, draft)]
+    readers = [Reader(m, room) for m in (model, draft)]
     left = max_new_tokens
-    for tokens in speculate(*readers, input_ids, ahead):
-        for token in tokens[0, :left].split(1):
-            yield token
-            if token.item() in stop_tokens:
+    for tokens in speculate(*readers, input_ids[0].tolist(), ahead):
+        for token in tokens[:left]:
+            yield input_ids.new_tensor([token])
+            if token in stop_tokens:
                 return
-        left -= tokens.shape[1]
+        left -= len(tokens)
         if left <= 0:
             return

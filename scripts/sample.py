@@ -16,9 +16,9 @@ from models import add_model_options, load
 
 from llama_tut.config import require
 from llama_tut.generate import (
+    FastModel,
     check_request,
     check_sampling,
-    pack_weights,
     stream,
     stream_greedy,
     text_pieces,
@@ -88,9 +88,8 @@ def check(args):
 def tokens_of(model, ids, new, stops, args):
     """The new tokens, one by one, as the options say."""
     if args.fast:
-        draft = pack_weights(copy.deepcopy(model).bfloat16())
-        model = pack_weights(model)
-        return stream_greedy(model, draft, ids, new, stops)
+        draft = FastModel(copy.deepcopy(model).bfloat16())
+        return stream_greedy(FastModel(model), draft, ids, new, stops)
     return stream(
         model,
         ids,
