@@ -4,7 +4,8 @@ PY := .venv/bin/python
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test book export execute exercises address check bench clean
+.PHONY: help train test book export execute exercises address check bench \
+  ablation scaling results clean
 
 help: ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -49,6 +50,18 @@ bench: .venv ## speed and memory beside transformers and the harness's way; writ
 	@$(PY) benchmarks/bench_hellaswag.py $(if $(LLAMA_TUT_DATA),--limit 512 --file $(LLAMA_TUT_DATA)/hellaswag_val.jsonl)
 	@$(PY) benchmarks/bench_generate.py --compiled
 	@$(PY) benchmarks/bench_loading.py
+
+data/docs/dataset.json: .venv
+	@$(PY) scripts/prepare.py --corpus docs --vocab-size 2048 --out data/docs
+
+ablation: data/docs/dataset.json ## chapter 17's runs: GPT-2 to LLaMA, optimizers (an hour; resumable)
+	@$(PY) benchmarks/ablation.py
+
+scaling: data/docs/dataset.json ## chapter 18's runs: sizes and budgets (an hour; resumable)
+	@$(PY) benchmarks/scaling.py
+
+results: .venv ## what the committed runs say: ladder, frontier, optimizers, choice
+	@$(PY) benchmarks/results.py
 
 clean: ## remove what make made: the rendered book and caches (not data, runs or .venv)
 	rm -rf book/_build .pytest_cache .ruff_cache

@@ -20,6 +20,7 @@ STYLE = """
 .map .plain { stroke: none; fill: rgba(128, 128, 128, 0.18); }
 .map .target { stroke: #d55e00; } .map .build { stroke: #3391d6; }
 .map .prove { stroke: #009e73; } .map .pretrain { stroke: #cc79a7; }
+.map .measure { stroke: #e69f00; }
 .map path { fill: none; stroke: rgb(128, 128, 128); stroke-width: 1.5;
   marker-end: url(#tip); }
 .map a { text-decoration: none; }
@@ -39,8 +40,10 @@ CHAPTERS = [
     (22, 368, 112, "pretrain", "13_optimizer", "13 Optimizer"),
     (144, 368, 112, "pretrain", "14_distributed", "14 Ranks"),
     (266, 368, 112, "pretrain", "15_checkpoint", "15 Checkpoint"),
-    (36, 514, 150, "prove", "10_generate", "10 Generate"),
-    (214, 514, 150, "target", "02_hellaswag", "2 HellaSwag"),
+    (10, 514, 90, "prove", "10_generate", "10 Generate"),
+    (110, 514, 90, "target", "02_hellaswag", "2 HellaSwag"),
+    (210, 514, 84, "measure", "17_gpt2", "17 GPT-2"),
+    (304, 514, 86, "measure", "18_scaling", "18 Scaling"),
 ]
 # The same with a height: boxes around others, their words on top.
 AROUND = [
@@ -67,15 +70,18 @@ ARROWS = [
     "M100 296V334",  # loss and back
     "M300 336V298",
     "M200 410V440",
-    "M150 472V512",  # trained model to its uses
-    "M250 472V512",
+    "M130 472L66 512",  # trained model to its uses
+    "M170 472L156 512",
+    "M230 472L244 512",  # many of them: what did a change buy?
+    "M270 472L334 512",
 ]
 WORDS = [(120, 320, "loss"), (258, 320, "parameters")]
 PARTS = [
-    (18, "target", "I Target"),
-    (112, "build", "II Build"),
-    (200, "prove", "III Prove"),
-    (296, "pretrain", "IV Pretrain"),
+    (4, "target", "I Target"),
+    (76, "build", "II Build"),
+    (146, "prove", "III Prove"),
+    (222, "pretrain", "IV Pretrain"),
+    (314, "measure", "V Measure"),
 ]
 
 
@@ -121,7 +127,8 @@ DESCRIPTION = (
     "is a block (7), L times: RMSNorm (3), attention (5) with RoPE (4), MLP "
     "(6). The trainer (16) takes the loss and gives back parameters, with "
     "optimizer (13), ranks (14) and checkpoint (15). The trained model "
-    "generates (10) and is scored on HellaSwag (2)."
+    "generates (10) and is scored on HellaSwag (2). Many trained models are "
+    "compared: from GPT-2 to LLaMA (17), and by size (18)."
 )
 TIP = (
     '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" '

@@ -1,0 +1,301 @@
+# From notebooks/17_gpt2.ipynb by scripts/export.py: edit the notebook.
+"""GPT-2 out of the book's LLaMA, and the ladder between the two.
+
+Letters: B batch, T time, D hidden_size, I intermediate_size, V vocabulary,
+P rows of a table of positions.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llama_tut.config import InputError, option
+from llama_tut.model import LlamaForCausalLM, initialize
+from llama_tut.rope import LlamaRotaryEmbedding
+from llama_tut.trainer import llama_config
+
+# The switches
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    """A shape, and which part stands where; the defaults are GPT-2 small."""
+
+    vocab_size: int = option(50_257, "V, tokens in the vocabulary")
+    hidden_size: int = option(768, "D, numbers in a token's vector")
+    intermediate_size: int = option(3072, "I, hidden neurons of an MLP")
+    num_hidden_layers: int = option(12, "L, blocks")
+    num_attention_heads: int = option(12, "H, heads")
+    max_position_embeddings: int = option(1024, "P, rows of the table")
+    positions: str = option("learned", "learned, rotary or none")
+    norm: str = option("layer", "layer or rms")
+    activation: str = option("gelu", "gelu, relu2 or swiglu")
+    bias: bool = option(True, "whether linear layers have one")
+    tie_word_embeddings: bool = option(True, "head uses the embedding")
+    initializer_range: float | None = option(0.02, "std (None: 0.5/sqrt(D))")
+
+    rms_norm_eps = 1e-5
+    rope_theta, rope_scaling = 10_000.0, None
+    num_key_value_heads = property(lambda self: self.num_attention_heads)
+    head_dim = property(lambda s: s.hidden_size // s.num_attention_heads)
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name} {getattr(self, name)!r}: take "
+                    f"{' or '.join(allowed)}"
+                )
+        if self.initializer_range is None:
+            std = 0.5 / self.hidden_size**0.5
+            object.__setattr__(self, "initializer_range", std)
+
+    def to_hf(self):
+        """For `save_pretrained`; transformers knows no such model."""
+        ends = {"bos_token_id": None, "eos_token_id": None}
+        return {"model_type": "llama_tut_ladder", **asdict(self), **ends}
+
+
+CHOICES = {
+    "positions": ("learned", "rotary", "none"),
+    "norm": ("layer", "rms"),
+    "activation": ("gelu", "relu2", "swiglu"),
+}
+
+# Positions: a table, or nothing
+
+
+class LearnedPositions(nn.Module):
+    """Embedding of a token plus a learned vector of its place.
+
+    Rows start at place 0: there is no cache behind it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        V, D = config.vocab_size, config.hidden_size
+        P = config.max_position_embeddings
+        self.weight = nn.Parameter(torch.empty(V, D))  # [V, D]
+        self.positions = nn.Parameter(torch.empty(P, D))  # [P, D]
+
+    def forward(self, ids):
+        """ids [B, T] -> [B, T, D]; T is at most P."""
+        table = self.positions[: ids.shape[1]]  # [T, D]
+        return F.embedding(ids, self.weight) + table  # [B, T, D]
+
+
+class NoRotation(LlamaRotaryEmbedding):
+    """Tables that turn nothing: every token stands at place 0."""
+
+    def forward(self, position_ids):
+        """Positions -> cos 1 and sin 0, shapes as in the class above it."""
+        return super().forward(torch.zeros_like(position_ids))
+
+
+# MLP: two matrices
+
+
+def relu2(x):
+    """The square of the positive part; same shape."""
+    return F.relu(x).square()  # [..., I]
+
+
+ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "relu2": relu2}
+
+
+class PlainMLP(nn.Module):
+    """down(activation(up(x))), without a gate; config: `LadderConfig`."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, I = config.hidden_size, config.intermediate_size
+        self.activation = ACTIVATIONS[config.activation]
+        self.up_proj = nn.Linear(D, I, bias=False)
+        self.down_proj = nn.Linear(I, D, bias=False)
+
+    def forward(self, x):
+        """x [B, T, D] -> [B, T, D]."""
+        hidden = self.activation(self.up_proj(x))  # [B, T, I]
+        return self.down_proj(hidden)  # [B, T, D]
+
+
+# Put together
+
+
+def swap_parts(model, config):
+    """Give a `LlamaForCausalLM` the parts that a `LadderConfig` names."""
+    body = model.model
+    if config.positions == "learned":
+        body.embed_tokens = LearnedPositions(config)
+    if config.positions != "rotary":
+        body.rotary_emb = NoRotation(config)
+    if config.norm == "layer":
+        norm = partial(nn.LayerNorm, config.hidden_size, config.rms_norm_eps)
+        body.norm = norm()
+        for layer in body.layers:
+            layer.input_layernorm = norm()
+            layer.post_attention_layernorm = norm()
+    for layer in body.layers:
+        if config.activation != "swiglu":
+            layer.mlp = PlainMLP(config)
+        if config.bias:
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    bias = torch.empty(module.out_features)
+                    module.bias = nn.Parameter(bias)
+
+
+def build_ladder(config):
+    """A model with random weights, as a `LadderConfig` names its parts."""
+    model = LlamaForCausalLM(config)
+    swap_parts(model, config)
+    initialize(model)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+    return model
+
+
+# Check: equal to transformers' GPT-2
+
+GPT2_NAMES = {
+    "wte": "embed_tokens",
+    "wpe.weight": "embed_tokens.positions",
+    "ln_f": "norm",
+    "h.": "layers.",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+
+
+def rename_gpt2(name):
+    """A name in transformers' GPT-2 -> the name in our model."""
+    for theirs, ours in GPT2_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name.replace("transformer.", "model.")
+
+
+def from_gpt2(theirs):
+    """Our model with the weights of a transformers `GPT2LMHeadModel`.
+
+    `GPT2LMHeadModel.from_pretrained("gpt2")` gives OpenAI's, online.
+    """
+    c = theirs.config
+    shape = c.vocab_size, c.n_embd, c.n_inner or 4 * c.n_embd
+    counts = c.n_layer, c.n_head, c.n_positions
+    model = build_ladder(LadderConfig(*shape, *counts))
+    state = {}
+    for name, w in theirs.state_dict().items():
+        if name.endswith((".attn.bias", ".masked_bias", "lm_head.weight")):
+            continue  # masks of old versions, and the embedding again
+        if ".c_" in name and name.endswith("weight"):
+            w = w.T  # stored as [inputs, outputs]
+        if ".c_attn." in name:
+            for part, piece in zip("qkv", w.chunk(3), strict=True):
+                place = name.replace("attn.c_attn", f"self_attn.{part}_proj")
+                state[rename_gpt2(place)] = piece
+        else:
+            state[rename_gpt2(name)] = w
+    model.load_state_dict(state)
+    return model
+
+
+# The ladder
+
+LADDER = {
+    "GPT-2": {},
+    "rotary positions": {"positions": "rotary"},
+    "RMSNorm": {"norm": "rms"},
+    "SwiGLU": {"activation": "swiglu"},
+    "no biases": {"bias": False},
+    "untied head": {"tie_word_embeddings": False},
+    "first weights": {"initializer_range": None},
+}
+
+
+def size_of(config):
+    """Parameters of a `LadderConfig`, without the table of positions."""
+    with torch.device("meta"):
+        model = build_ladder(config)
+    named = model.named_parameters()
+    return sum(p.numel() for n, p in named if not n.endswith(".positions"))
+
+
+def with_size(config, size):
+    """The config with the width whose model comes closest to `size`."""
+    one, two = (size_of(replace(config, intermediate_size=I)) for I in (1, 2))
+    width = 1 + (size - one) / (two - one)
+    return replace(config, intermediate_size=max(1, round(width)))
+
+
+BESIDE = {
+    "learned positions": {"positions": "learned"},
+    "no positions": {"positions": "none"},
+    "ReLU² for SwiGLU": {"activation": "relu2"},
+}
+TWIN = "tied twin"
+
+
+def rung(name, base):
+    """The `LadderConfig` of a row.
+
+    Args:
+        name: a key of LADDER or BESIDE, or TWIN.
+        base: the GPT-2 that the ladder starts from.
+
+    Raises:
+        InputError: no row has this name.
+    """
+    names, known = list(LADDER), [*LADDER, TWIN, *BESIDE]
+    if name not in known:
+        raise InputError(f"row {name!r}: take {', '.join(known)}")
+    if name == TWIN:
+        untied, tied = rung("untied head", base), rung("no biases", base)
+        deeper = replace(tied, num_hidden_layers=tied.num_hidden_layers + 2)
+        return with_size(deeper, size_of(untied))
+    last = name if name in LADDER else names[-1]
+    changes = {}
+    for each in names[: names.index(last) + 1]:
+        changes |= LADDER[each]
+    tied = changes.pop("tie_word_embeddings", True)
+    config = replace(base, **changes | BESIDE.get(name, {}))
+    config = with_size(config, size_of(base))
+    return replace(config, tie_word_embeddings=tied)
+
+
+def build_rung(config, info, name):
+    """A row's model for `train`; the options give D, L, H and P."""
+    c = llama_config(config, info)
+    shape = c.vocab_size, c.hidden_size, 4 * c.hidden_size
+    counts = c.num_hidden_layers, c.num_attention_heads
+    base = LadderConfig(*shape, *counts, c.max_position_embeddings)
+    return build_ladder(rung(name, base))
+
+
+# How far can two runs differ by chance?
+
+
+def t_quantile(freedom, p=0.975):
+    """Student's t, below which the share p > 0.5 lies; freedom of 2 or more."""
+    t = torch.linspace(0, 500, 500_001, dtype=torch.float64)
+    density = (1 + t.square() / freedom) ** (-(freedom + 1) / 2)
+    area = torch.cumulative_trapezoid(density, t)
+    return t[torch.searchsorted(area / area[-1], 2 * p - 1)].item()
+
+
+def paired_difference(losses, others):
+    """Mean of losses - others at equal seed, and half of its 95 % interval.
+
+    Args:
+        losses, others: one number a seed, three or more.
+    """
+    difference = torch.as_tensor(losses) - torch.as_tensor(others)
+    n = len(difference)
+    error = (difference.var() / n) ** 0.5
+    return difference.mean().item(), t_quantile(n - 1) * error.item()

@@ -1,0 +1,365 @@
+# From notebooks/18_scaling.ipynb by scripts/export.py: edit the notebook.
+"""Scaling: isoFLOP curves, a frontier, a law of three terms, and a planner.
+
+Letters: N parameters. Small letters, as the capitals are taken: c compute of
+a run in FLOPs, d its tokens, n runs; R fits at once.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from llama_tut.config import InputError
+from llama_tut.trainer import PEAKS
+
+# By hand: where to spend it
+
+
+@dataclass(frozen=True)
+class Law:
+    """loss = floor + a / N ** alpha + b / d ** beta, for c = 6 N d FLOPs.
+
+    Hoffmann et al. (2022) write E, A, B and D for floor, a, b and d. The
+    fields are numbers, or tensors [R] for many fits at once.
+    """
+
+    floor: float
+    a: float
+    b: float
+    alpha: float
+    beta: float
+
+    def loss(self, N, d):
+        """Nats a token of a model of N parameters after d tokens."""
+        return self.floor + self.a * N**-self.alpha + self.b * d**-self.beta
+
+    @property
+    def exponent(self):
+        """How the best size grows with compute."""
+        return self.beta / (self.alpha + self.beta)
+
+    def best(self, c):
+        """Parameters and tokens of the lowest loss for c FLOPs."""
+        ratio = (self.alpha * self.a) / (self.beta * self.b)
+        N = ratio ** (1 / (self.alpha + self.beta)) * (c / 6) ** self.exponent
+        return N, c / 6 / N
+
+
+# IsoFLOP curves
+
+
+def isoflop_minima(compute, sizes, losses):
+    """The lowest point of each slice: parabolas in ln N of one curvature.
+
+    Args:
+        compute: [n], the slice of each run in FLOPs.
+        sizes: [n], parameters; losses: [n] or [R, n].
+
+    Returns: slices [S] in FLOPs, best sizes [..., S], lowest losses [..., S],
+        curvature [...].
+    """
+    slices, own = compute.unique(return_inverse=True)
+    own = F.one_hot(own, len(slices)).double()
+    middle = sizes.log().mean()
+    x = (sizes.log() - middle)[:, None]
+    design = torch.cat((own, own * x, x.square()), 1)  # [n, 2S + 1]
+    solution = losses @ torch.linalg.pinv(design).mT
+    height, slope, curvature = solution.split((len(slices),) * 2 + (1,), -1)
+    vertex = -slope / (2 * curvature)
+    lowest = height + slope * vertex / 2
+    return slices, (vertex + middle).exp(), lowest, curvature[..., 0]
+
+
+# The frontier
+
+
+def fit_power(x, y):
+    """y = scale * x ** exponent, by least squares of the logarithms.
+
+    Args:
+        x: [n]; y: [..., n]. Both are positive.
+
+    Returns: scale [...], exponent [...].
+    """
+    u, v = x.log(), y.log()
+    u = u - u.mean()
+    exponent = (v * u).sum(-1) / u.square().sum()
+    scale = (v.mean(-1) - exponent * x.log().mean()).exp()
+    return scale, exponent
+
+
+def power(law, x):
+    """scale * x ** exponent -> [...], or [..., n] for x [n]."""
+    x = torch.as_tensor(x, dtype=torch.float64)
+    scale, exponent = (p[..., None] if x.dim() else p for p in law)
+    return scale * x**exponent
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The best size and the lowest loss as power laws of compute.
+
+    The fields are scalars, or tensors [R] for many fits at once.
+    """
+
+    size: tuple  # scale and exponent of the best N
+    loss: tuple  # of the lowest loss; the exponent is negative
+    curvature: torch.Tensor  # nats a squared unit of ln N
+
+    def best_size(self, c):
+        """Parameters of the best model for c FLOPs."""
+        return power(self.size, c)
+
+    def predict(self, c, N):
+        """Loss of a model of N parameters after c FLOPs; [n] or scalars."""
+        N = torch.as_tensor(N, dtype=torch.float64)
+        off = (N.log() - self.best_size(c).log()).square()
+        k = self.curvature[..., None] if N.dim() else self.curvature
+        return power(self.loss, c) + k * off
+
+
+def fit_frontier(compute, sizes, losses):
+    """A Frontier of runs: slice, parameters and loss of each.
+
+    Args:
+        compute, sizes: [n]; losses: [n], or [R, n] for R fits.
+    """
+    slices, best, lowest, curvature = isoflop_minima(compute, sizes, losses)
+    laws = fit_power(slices, best), fit_power(slices, lowest)
+    return Frontier(*laws, curvature)
+
+
+# How sure: the bootstrap
+
+
+def redraw(residuals, repeats, source, spent=5):
+    """Residuals as another grid might have had them: [repeats, n + 1].
+
+    Args:
+        residuals: [n], around `spent` fitted numbers.
+        source: a `torch.Generator`.
+    """
+    n = len(residuals)
+    normal = torch.randn(repeats, n - spent, generator=source).double()
+    size = (n / normal.square().sum(1, keepdim=True)).sqrt()
+    rows = torch.randint(n, (repeats, n + 1), generator=source)
+    return (residuals - residuals.mean())[rows] * size
+
+
+def bootstrap_frontier(compute, sizes, losses, repeats=1000, seed=0):
+    """Frontiers of redrawn grids: fitted losses with residuals of others.
+
+    Returns: a Frontier with fields [R], and a further residual of each draw,
+        [R], for a run that is not in the grid. R is `repeats`.
+    """
+    fitted = fit_frontier(compute, sizes, losses).predict(compute, sizes)
+    source = torch.Generator().manual_seed(seed)
+    drawn = redraw(losses - fitted, repeats, source)
+    many = fit_frontier(compute, sizes, fitted + drawn[:, :-1])
+    return many, drawn[:, -1]
+
+
+def interval(draws, level=0.95):
+    """The middle part of the draws [R] -> [low, high], two floats."""
+    edge = (1 - level) / 2
+    return draws.quantile(torch.tensor([edge, 1 - edge]).to(draws)).tolist()
+
+
+def predict_run(compute, sizes, losses, c, N, repeats=1000, seed=0):
+    """What a new run should give, from a grid.
+
+    Args:
+        compute, sizes, losses: [n], the grid.
+        c, N: FLOPs and parameters of the new run.
+
+    Returns: its loss, and [low, high], in which 95 of 100 such runs lie.
+    """
+    grid = compute, sizes, losses
+    many, own = bootstrap_frontier(*grid, repeats, seed)
+    loss = fit_frontier(*grid).predict(c, N).item()
+    return loss, interval(many.predict(c, N) + own)
+
+
+# A law of three terms
+
+
+def law_terms(theta, log_n, log_d):
+    """Logarithms of the three terms, [R, n, 3].
+
+    Args:
+        theta: [R, 5]: ln floor, ln a, ln b, alpha, beta.
+        log_n, log_d: [n].
+    """
+    floor, a, b, alpha, beta = theta[..., None].unbind(-2)
+    parts = floor.expand(-1, len(log_n)), a - alpha * log_n, b - beta * log_d
+    return torch.stack(parts, -1)
+
+
+DELTA = 1e-3  # where Huber's loss turns straight, of Hoffmann et al.
+
+
+def huber(residuals, counts):
+    """Sum over the runs of Huber's loss: [R, n], [R, n] or [n] -> [R]."""
+    size = residuals.abs()
+    square, straight = size.square() / 2, DELTA * (size - DELTA / 2)
+    return (torch.where(size <= DELTA, square, straight) * counts).sum(-1)
+
+
+def descend(theta, log_n, log_d, log_loss, counts, free, steps):
+    """Lower Huber's loss by Levenberg's and Marquardt's steps.
+
+    Args:
+        theta: [R, 5], starts; log_n, log_d, log_loss: [n].
+        counts: [n] or [R, n]; free: [5], 0 where a number is held.
+
+    Returns: theta [R, 5], and its Huber loss [R].
+    """
+    damping = torch.full_like(theta[:, :1], 1e-2)
+    terms = law_terms(theta, log_n, log_d)
+    residuals = terms.logsumexp(-1) - log_loss
+    lowest = huber(residuals, counts)
+    held = torch.diag(1 - free)
+    for _ in range(steps):
+        e, a, b = terms.softmax(-1).unbind(-1)  # shares of the loss
+        slopes = torch.stack((e, a, b, -a * log_n, -b * log_d), -1) * free
+        weights = counts * DELTA / residuals.abs().clamp_min(DELTA)
+        weighted = slopes * weights[..., None]
+        matrix = weighted.mT @ slopes + held
+        pull = (weighted * residuals[..., None]).sum(-2)
+        scale = matrix.diagonal(dim1=-2, dim2=-1) + 1e-9
+        damped = matrix + torch.diag_embed(damping * scale)
+        trial = theta - torch.linalg.solve(damped, pull)
+        new_terms = law_terms(trial, log_n, log_d)
+        new_residuals = new_terms.logsumexp(-1) - log_loss
+        new = huber(new_residuals, counts)
+        better = new < lowest
+        theta = torch.where(better[:, None], trial, theta)
+        terms = torch.where(better[:, None, None], new_terms, terms)
+        residuals = torch.where(better[:, None], new_residuals, residuals)
+        lowest = torch.where(better, new, lowest)
+        damping = torch.where(better[:, None], damping / 4, damping * 4)
+        damping = damping.clamp(1e-12, 1e8)
+    return theta, lowest
+
+
+def starts():
+    """[R, 5]: ln floor, ln a, ln b, alpha, beta to begin at."""
+    values = (-1.0, 0.5), (5.0, 15.0), (5.0, 15.0), (0.3, 1.0), (0.3, 1.0)
+    return torch.cartesian_prod(*(torch.tensor(v).double() for v in values))
+
+
+def fit_law(N, d, losses, floor=None, steps=150):
+    """The Law that fits runs best, and how well.
+
+    Args:
+        N, d, losses: [n], float64.
+        floor: a number to hold the floor at.
+
+    Returns: a Law of floats, and the sum of Huber losses.
+    """
+    theta, free = starts(), torch.ones(5).double()
+    if floor is not None:
+        theta[:, 0], free[0] = math.log(floor), 0
+    logs = N.log(), d.log(), losses.log()
+    ends, huber_loss = descend(theta, *logs, 1, free, steps)
+    best = huber_loss.argmin()
+    return as_law(ends[best]), huber_loss[best].item()
+
+
+def as_law(theta):
+    """[5] -> Law of floats, [R, 5] -> Law of tensors [R]."""
+    values = torch.cat((theta[..., :3].exp(), theta[..., 3:]), -1)
+    one = values.dim() == 1
+    return Law(*(values.tolist() if one else values.unbind(-1)))
+
+
+def bootstrap_law(N, d, losses, law, repeats=300, seed=0, steps=40):
+    """Laws of redrawn runs, from the fit of all -> Law of tensors [R]."""
+    n = len(losses)
+    source = torch.Generator().manual_seed(seed)
+    rows = torch.randint(n, (repeats, n), generator=source)
+    counts = F.one_hot(rows, n).sum(1).double()  # how often each is drawn
+    values = law.floor, law.a, law.b
+    theta = [*map(math.log, values), law.alpha, law.beta]
+    theta = torch.tensor(theta).double().expand(repeats, 5)
+    logs, free = (N.log(), d.log(), losses.log()), torch.ones(5).double()
+    return as_law(descend(theta, *logs, counts, free, steps)[0])
+
+
+# A planner
+
+BESIROGLU = Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658)  # arXiv 2404.10102
+MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9, "4090": 24e9}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it is made; cost is None without a price."""
+
+    size: float
+    tokens: float
+    flops: float
+    hours: float
+    device_hours: float
+    cost: float | None
+    state_bytes: float  # weights, gradients, AdamW: 16 bytes a parameter
+    least_devices: int  # that hold this state, if it is cut
+
+    def __str__(self):
+        price = "" if self.cost is None else f", cost {short(self.cost)}"
+        return (
+            f"{short(self.size / 1e9)}B parameters, "
+            f"{short(self.tokens / 1e9)}B tokens, {self.flops:.3g} FLOPs: "
+            f"{short(self.hours)} hours, {short(self.device_hours)} device "
+            f"hours{price}; {short(self.state_bytes / 1e9)} GB of state, on "
+            f"{self.least_devices} or more devices"
+        )
+
+
+def short(x):
+    """Three digits, or all before the point."""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
+def plan_run(
+    device,
+    devices=1,
+    mfu=0.4,
+    price=None,
+    *,
+    flops=None,
+    size=None,
+    tokens=None,
+    each=None,
+    law=BESIROGLU,
+):
+    """A Plan from FLOPs, from FLOPs and a size, or from size and tokens.
+
+    Args:
+        device: a row of PEAKS; devices: how many; mfu: part of the peak.
+        price: of one device for one hour, in any currency.
+        each: FLOPs a token (`flops_per_token`); default 6 * size.
+
+    Raises: InputError for an unknown device or another set of numbers.
+    """
+    if device not in PEAKS:
+        raise InputError(f"{device!r} is unknown: take {', '.join(PEAKS)}")
+    given = (flops is not None, size is not None, tokens is not None)
+    if given not in ((1, 0, 0), (1, 1, 0), (0, 1, 1)):
+        raise InputError("give flops, flops and size, or size and tokens")
+    numbers = devices, mfu, price, flops, size, tokens, each
+    if min(x for x in numbers if x is not None) <= 0 or mfu > 1:
+        raise InputError("all numbers are above 0, and mfu is at most 1")
+    if size is None:
+        size, _ = law.best(flops)
+    each = each or 6 * size
+    if flops is None:
+        flops = each * tokens
+    hours = flops / (devices * PEAKS[device] * mfu) / 3600
+    total = hours * devices
+    cost = None if price is None else total * price
+    least = math.ceil(16 * size / MEMORY[device])
+    plan = size, flops / each, flops, hours, total, cost, 16 * size, least
+    return Plan(*plan)

@@ -1,0 +1,289 @@
+"""GPT-2 out of our LLaMA: equal to transformers', and a fair ladder between the two."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_setup import tiny_data
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from llama_tut.config import InputError, LlamaConfig
+from llama_tut.gpt2 import (
+    BESIDE,
+    LADDER,
+    TWIN,
+    LadderConfig,
+    build_ladder,
+    from_gpt2,
+    paired_difference,
+    rung,
+    size_of,
+    t_quantile,
+    with_size,
+)
+from llama_tut.model import LlamaForCausalLM, flops_per_token
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import grid  # noqa: E402
+
+ROWS = [*LADDER, TWIN, *BESIDE]
+BASE = LadderConfig(300, 48, 192, 3, 2, 64)
+
+
+def random_gpt2(**options):
+    """A transformers GPT-2 in which no bias is 0 and no gain 1."""
+    shape = dict(
+        vocab_size=300, n_embd=48, n_layer=2, n_head=3, n_positions=40
+    )
+    model = GPT2LMHeadModel(GPT2Config(**shape | options)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("inner", [None, 100])
+def test_logits_equal_transformers(inner):
+    torch.manual_seed(0)
+    theirs = random_gpt2(n_inner=inner)
+    ours = from_gpt2(theirs)
+    ids = torch.randint(300, (3, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-4
+        )
+
+
+def test_loss_and_gradients_equal_transformers():
+    torch.manual_seed(0)
+    theirs = random_gpt2()
+    ours = from_gpt2(theirs)
+    ids = torch.randint(300, (3, 41))
+    logits = theirs(ids[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten()
+    )
+    loss = ours(ids[:, :-1], targets=ids[:, 1:])
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    table = ours.model.embed_tokens
+    wte = theirs.transformer.wte.weight.grad
+    torch.testing.assert_close(table.weight.grad, wte, rtol=1e-4, atol=1e-6)
+    wpe = theirs.transformer.wpe.weight.grad
+    torch.testing.assert_close(table.positions.grad, wpe, rtol=1e-4, atol=1e-6)
+    fc = theirs.transformer.h[1].mlp.c_fc.weight.grad.T
+    up = ours.model.layers[1].mlp.up_proj.weight.grad
+    torch.testing.assert_close(up, fc, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_parameter_of_a_row_learns(row):
+    torch.manual_seed(0)
+    model = build_ladder(rung(row, BASE))
+    ids = torch.randint(300, (2, 65))
+    model(ids[:, :-1], targets=ids[:, 1:]).backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not silent
+    # A key bias shifts all scores of a query alike: its gradient is rounding.
+    dead = [
+        n
+        for n, p in model.named_parameters()
+        if not p.grad.any() and not n.endswith("k_proj.bias")
+    ]
+    assert not dead
+
+
+def test_each_rung_changes_one_thing():
+    fields = LadderConfig.__dataclass_fields__
+    rows = [rung(name, BASE) for name in LADDER]
+    for name, before, after in zip(
+        list(LADDER)[1:], rows[:-1], rows[1:], strict=True
+    ):
+        changed = {
+            f for f in fields if getattr(before, f) != getattr(after, f)
+        }
+        assert changed - {"intermediate_size"} == set(LADDER[name]), name
+
+
+def test_rows_have_equal_parameters():
+    base = LadderConfig(2048, 96, 384, 3, 2, 256)
+    sizes = {name: size_of(rung(name, base)) for name in ROWS}
+    for name in list(LADDER)[:5]:
+        assert abs(sizes[name] / sizes["GPT-2"] - 1) < 1e-3, name
+    for name in ["first weights", TWIN, *BESIDE]:
+        assert abs(sizes[name] / sizes["untied head"] - 1) < 1e-3, name
+
+
+def test_last_rung_is_our_llama():
+    torch.manual_seed(0)
+    top = rung("first weights", BASE)
+    shape = (300, 48, top.intermediate_size, 3, 2)
+    llama = LlamaForCausalLM(LlamaConfig(*shape, max_position_embeddings=64))
+    model = build_ladder(top)
+    llama.load_state_dict(model.state_dict())
+    ids = torch.randint(300, (2, 64))
+    with torch.no_grad():
+        assert torch.equal(model(ids), llama(ids))
+    assert top.initializer_range == llama.config.initializer_range
+    counted = grid.sizes(model, 64)
+    assert counted["flops_per_token"] == flops_per_token(llama.config, 64)
+
+
+def test_without_positions_earlier_tokens_have_no_order():
+    """One block: the last token reads the same set, in any order."""
+    torch.manual_seed(0)
+    config = replace(rung("no positions", BASE), num_hidden_layers=1)
+    model = build_ladder(config)
+    ids = torch.randint(300, (1, 20))
+    mixed = ids.clone()
+    mixed[0, :19] = ids[0, torch.randperm(19)]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[0, -1], model(mixed)[0, -1])
+        rotary = build_ladder(replace(config, positions="rotary"))
+        moved = rotary(ids)[0, -1] - rotary(mixed)[0, -1]
+    assert moved.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "change", [{"positions": "sine"}, {"norm": "batch"}, {"activation": "elu"}]
+)
+def test_unknown_parts_are_refused(change):
+    with pytest.raises(InputError, match="take"):
+        LadderConfig(**change)
+
+
+def test_unknown_row_is_refused():
+    with pytest.raises(InputError, match="no such"):
+        rung("no such", BASE)
+
+
+def test_with_size_is_the_closest_width():
+    goal = size_of(BASE) + 5000
+    config = with_size(BASE, goal)
+    width = config.intermediate_size
+    error = abs(size_of(config) - goal)
+    for other in (width - 1, width + 1):
+        near = replace(config, intermediate_size=other)
+        assert abs(size_of(near) - goal) >= error
+
+
+def test_paired_difference_by_hand():
+    mean, half = paired_difference([1.0, 2.0, 4.0], [0.5, 1.8, 3.7])
+    # differences 0.5, 0.2, 0.3: mean 1/3, variance 0.07/3
+    assert mean == pytest.approx(1 / 3)
+    assert half == pytest.approx(4.3027 * (0.07 / 9) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("freedom, t", [(2, 4.303), (5, 2.571), (20, 2.086)])
+def test_students_factor(freedom, t):
+    assert t_quantile(freedom) == pytest.approx(t, rel=2e-3)
+
+
+def committed(name):
+    return json.loads(
+        (ROOT / "benchmarks" / "results" / f"{name}.json").read_text()
+    )
+
+
+def test_committed_ladder_is_complete_and_fair():
+    found = committed("ablation")
+    assert found["rows"] == ROWS
+    ends = {(run["row"], run["seed"]): run for run in found["runs"]}
+    for row in ROWS:
+        assert {seed for name, seed in ends if name == row} >= {1, 2, 3}
+    first = ends["GPT-2", 1]
+    for (row, _), run in ends.items():
+        assert run["tokens"] == first["tokens"]
+        assert run["options"]["learning_rate"] == found["rates"][row]
+        shape = run["options"]
+        base = LadderConfig(
+            2048,
+            shape["hidden_size"],
+            4 * shape["hidden_size"],
+            shape["num_hidden_layers"],
+            shape["num_attention_heads"],
+            shape["max_position_embeddings"],
+        )
+        with torch.device("meta"):
+            model = build_ladder(rung(row, base))
+        counted = grid.sizes(model, shape["sequence_length"])
+        assert {key: run[key] for key in counted} == counted
+
+
+def test_committed_rates_are_the_best_tried_and_inside():
+    found = committed("ablation")
+    tuned = {run["seed"] for run in found["tuning"]}
+    assert not tuned & {run["seed"] for run in found["runs"]}
+    for row in ROWS:
+        tried = {}
+        for run in found["tuning"]:
+            if run["row"] == row:
+                tried.setdefault(run["learning_rate"], []).append(
+                    run["val_loss"]
+                )
+        most = max(map(len, tried.values()))
+        means = {
+            rate: sum(x) / most for rate, x in tried.items() if len(x) == most
+        }
+        best = min(means, key=means.get)
+        assert found["rates"][row] == best
+        assert min(tried) < best < max(tried), row
+
+
+def test_make_results_prints_every_table():
+    run = subprocess.run(
+        [sys.executable, "benchmarks/results.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    for words in (
+        "The ladder",
+        "to untied head",
+        "Scaling",
+        "predicted at",
+        "Optimizers",
+        "at equal seconds",
+        "Continuation choice",
+        "bigram at the seam",
+    ):
+        assert words in run.stdout
+
+
+def test_grid_is_resumable(tmp_path):
+    """What is done is found, not made again; a changed option is a new run."""
+    data = tiny_data(tmp_path)
+    options = {
+        "steps": 3,
+        "sequence_length": 16,
+        "micro_batch_size": 2,
+        "tokens_per_step": 32,
+        "eval_rows": 4,
+        "eval_every": 2,
+        "samples": 0,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    jobs = [
+        grid.Job(f"seed{s}", options | {"seed": s}, about={"seed": s})
+        for s in (0, 1)
+    ]
+    first = grid.run_grid(tmp_path / "runs", data, jobs, workers=1)
+    files = sorted((tmp_path / "runs").glob("*/metrics.jsonl"))
+    times = [path.stat().st_mtime_ns for path in files]
+    again = grid.run_grid(tmp_path / "runs", data, jobs, workers=1)
+    assert again == first
+    assert [path.stat().st_mtime_ns for path in files] == times
+    assert [record["seed"] for record in first] == [0, 1]
+    assert [tokens for tokens, _ in first[0]["curve"]] == [64, 96]
+    changed = grid.Job("seed0", options | {"steps": 4}, about={"seed": 0})
+    assert changed.folder("x") != jobs[0].folder("x")
