@@ -1,11 +1,13 @@
 """Run each notebook in a fresh kernel, one thread, and record its seconds.
 
-    python benchmarks/notebook_times.py
+    python benchmarks/notebook_times.py [17_gpt2 ...]
 
-Writes benchmarks/results/notebook_times.json, which the README's table and its
-test read. The notebooks themselves are not changed.
+Without names all are run. Writes benchmarks/results/notebook_times.json, which
+the README's table and its test read; others' times stay. The notebooks
+themselves are not changed.
 """
 
+import json
 import os
 import sys
 import time
@@ -15,13 +17,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from execute import QUIET, execute  # noqa: E402
-from machine import write_result  # noqa: E402
+from machine import RESULTS, write_result  # noqa: E402
 
 
 def main():
     os.environ.update(QUIET)
-    seconds = {}
+    seconds, names = {}, sys.argv[1:]
+    if names:
+        old = (RESULTS / "notebook_times.json").read_text()
+        seconds = json.loads(old)["seconds"]
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        if names and path.stem not in names:
+            continue
         start = time.time()
         execute(path)
         seconds[path.stem] = round(time.time() - start, 1)
