@@ -51,7 +51,7 @@ bench: .venv ## speed and memory beside transformers and the harness's way; writ
 	@$(PY) benchmarks/bench_generate.py --compiled
 	@$(PY) benchmarks/bench_loading.py
 
-data/docs/dataset.json: .venv
+data/docs/dataset.json: | .venv
 	@$(PY) scripts/prepare.py --corpus docs --vocab-size 2048 --out data/docs
 
 ablation: data/docs/dataset.json ## chapter 17's runs: GPT-2 to LLaMA, optimizers (an hour; resumable)

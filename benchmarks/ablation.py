@@ -13,12 +13,11 @@ Stop it with Ctrl-C; the same command goes on. Writes
 benchmarks/results/ablation.json and optimizers.json.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
 import torch
-from grid import Job, run_grid
+from grid import Job, cli, run_grid
 from machine import write_result
 from safetensors.torch import load_file
 
@@ -226,10 +225,14 @@ PARTS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="data/docs")
-    parser.add_argument("--runs", type=Path, default="runs/ablation")
-    parser.add_argument("--part", choices=PARTS, action="append")
+    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="data/docs", help="folder of tokens")
+    parser.add_argument(
+        "--runs", type=Path, default="runs/ablation", help="folder of runs"
+    )
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="only this one"
+    )
     args = parser.parse_args()
     info = load_dataset_info(args.data)
     about = {
@@ -244,4 +247,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -9,13 +9,22 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from llama_tut.config import InputError
+from llama_tut.tokens import load_dataset_info
 from llama_tut.trainer import build_llama, configure, read_metrics, train
+
+# Options and one-line errors as in the other scripts.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import cli  # noqa: E402, F401
 
 
 @dataclass(frozen=True)
@@ -81,10 +90,6 @@ def sizes(model, T):
 
 def record_of(job, out, seconds):
     """What the result file keeps of a finished run."""
-    import torch
-
-    from llama_tut.tokens import load_dataset_info
-
     about = json.loads((out / "config.json").read_text())["config"]
     config = configure({**job.options, "data": about["data"]})
     with torch.device("meta"):
@@ -116,13 +121,24 @@ def record_of(job, out, seconds):
     }
 
 
+def check_data(out, data):
+    """Refuse a run that was made of another text. Raises: InputError."""
+    path = out / "config.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())["data"]["hash"]
+    if before != load_dataset_info(data).hash:
+        raise InputError(
+            f"{out} is a run on other text than {data}: choose another --runs"
+        )
+
+
 def run_job(job, root, data):
     """Make one run, or find it made; its record, or None if it was stopped."""
-    import torch
-
     torch.set_num_threads(1)
     out = job.folder(root)
     path = out / "record.json"
+    check_data(out, data)
     if path.exists():
         return json.loads(path.read_text())
     out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +158,8 @@ def run_job(job, root, data):
 def run_grid(root, data, jobs, workers=2):
     """Make all runs that are missing -> records, in the order of `jobs`.
 
-    Raises: SystemExit(130) when stopped; the same call goes on.
+    Raises: SystemExit(130) when stopped; the same call goes on. InputError
+        for what the options or the data get wrong.
     """
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names), "two jobs of one name"

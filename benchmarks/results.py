@@ -8,22 +8,22 @@ continuation choice with its baselines. Nothing is trained.
 """
 
 import json
-import sys
 
 import numpy as np
+from grid import cli
 from machine import RESULTS
 
+from llama_tut.config import InputError
 from llama_tut.gpt2 import LADDER, TWIN, paired_difference
 
 
 def read(name):
-    """A result file; one line and exit code 2 if it is not there."""
+    """A result file. Raises: InputError if it is not there, or damaged."""
     path = RESULTS / f"{name}.json"
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        print(f"error: {path}: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(f"{path}: {error}") from error
 
 
 def by_row(found, key="val_loss"):
@@ -37,10 +37,9 @@ def by_row(found, key="val_loss"):
 def compare(losses, row, other):
     """Paired difference of two rows, as text: mean ± half of the interval."""
     seeds = losses[row].keys() & losses[other].keys()
-    mean, half = paired_difference(
-        *([losses[r][seed] for seed in sorted(seeds)] for r in (row, other))
-    )
-    return f"{mean:+.3f} ± {half:.3f}, {len(seeds)} seeds, to {other}"
+    own, others = ([losses[r][s] for s in sorted(seeds)] for r in (row, other))
+    gap, half = paired_difference(own, others)
+    return f"{gap:+.3f} ± {half:.3f}, {len(seeds)} seeds, to {other}"
 
 
 def mean(numbers):
@@ -177,10 +176,11 @@ def print_choice(found):
 
 
 def main():
+    cli.Parser(description=__doc__.split("\n")[0]).parse_args()
     print_ladder()
     print_scaling()
     print_optimizers()
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

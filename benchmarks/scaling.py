@@ -13,20 +13,18 @@ python benchmarks/scaling.py --plan   only say what it would do
 Stopped, the same command goes on: what is done lies in runs/scaling.
 """
 
-import argparse
 import hashlib
 import json
 import math
-import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import machine
 import torch
-from grid import Job, run_grid
+from grid import Job, cli, run_grid
 
-from llama_tut.config import LlamaConfig
+from llama_tut.config import InputError, LlamaConfig
 from llama_tut.model import flops_per_token, parameter_count
 from llama_tut.scaling import (
     bootstrap_frontier,
@@ -188,9 +186,7 @@ def predict(records, info):
     N = parameter_count(config_of(D, V))
     loss, low_high = predict_run(*runs, c, N)
     if not all(map(math.isfinite, low_high)):
-        raise SystemExit(
-            "error: the slices show no valley: nothing to predict"
-        )
+        raise InputError("the slices show no valley: nothing to predict")
     tokens = steps_of(D, V, LARGEST) * TOKENS_A_STEP
     spent = torch.tensor([r["tokens"] for r in records], dtype=torch.float64)
     law_loss, law_low_high, law = predict_by_law(runs, spent, N, tokens)
@@ -223,18 +219,16 @@ def fingerprint(records):
 
 def write_prediction(records, info, root):
     """Predict the largest run, once, and before it begins -> the prediction."""
-    path, mark = (
-        machine.RESULTS / "scaling_prediction.json",
-        fingerprint(records),
-    )
+    path = machine.RESULTS / "scaling_prediction.json"
+    mark = fingerprint(records)
     if path.exists():
         old = json.loads(path.read_text())
         if old["grid"] == mark:
             print(f"{path} stands, made at {old['predicted_at']}")
             return old
     if any(Path(root).glob("largest-*/started")):
-        raise SystemExit(
-            f"error: the largest run has begun in {root}, and {path} is not "
+        raise InputError(
+            f"the largest run has begun in {root}, and {path} is not "
             "of this grid: what was said now would be no prediction"
         )
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -266,7 +260,7 @@ def announce(jobs, V, workers):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data/docs", help="folder of tokens")
     parser.add_argument(
         "--runs", default="runs/scaling", help="folder of runs"
@@ -310,4 +304,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -7,17 +7,21 @@ P rows of a table of positions.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llama_tut.config import InputError, option
+from llama_tut.config import InputError, option, require
 from llama_tut.model import LlamaForCausalLM, initialize
 from llama_tut.rope import LlamaRotaryEmbedding
-from llama_tut.trainer import llama_config
+from llama_tut.trainer import check_choices, llama_config
 
 # The switches
+
+Positions = Literal["learned", "rotary", "none"]
+Activation = Literal["gelu", "relu2", "swiglu"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,9 @@ class LadderConfig:
     num_hidden_layers: int = option(12, "L, blocks")
     num_attention_heads: int = option(12, "H, heads")
     max_position_embeddings: int = option(1024, "P, rows of the table")
-    positions: str = option("learned", "learned, rotary or none")
-    norm: str = option("layer", "layer or rms")
-    activation: str = option("gelu", "gelu, relu2 or swiglu")
+    positions: Positions = option("learned", "how order is told")
+    norm: Literal["layer", "rms"] = option("layer", "LayerNorm or RMSNorm")
+    activation: Activation = option("gelu", "swiglu has a gate")
     bias: bool = option(True, "whether linear layers have one")
     tie_word_embeddings: bool = option(True, "head uses the embedding")
     initializer_range: float | None = option(0.02, "std (None: 0.5/sqrt(D))")
@@ -43,12 +47,7 @@ class LadderConfig:
     head_dim = property(lambda s: s.hidden_size // s.num_attention_heads)
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name} {getattr(self, name)!r}: take "
-                    f"{' or '.join(allowed)}"
-                )
+        check_choices(self)
         if self.initializer_range is None:
             std = 0.5 / self.hidden_size**0.5
             object.__setattr__(self, "initializer_range", std)
@@ -58,12 +57,6 @@ class LadderConfig:
         ends = {"bos_token_id": None, "eos_token_id": None}
         return {"model_type": "llama_tut_ladder", **asdict(self), **ends}
 
-
-CHOICES = {
-    "positions": ("learned", "rotary", "none"),
-    "norm": ("layer", "rms"),
-    "activation": ("gelu", "relu2", "swiglu"),
-}
 
 # Positions: a table, or nothing
 
@@ -82,8 +75,10 @@ class LearnedPositions(nn.Module):
         self.positions = nn.Parameter(torch.empty(P, D))  # [P, D]
 
     def forward(self, ids):
-        """ids [B, T] -> [B, T, D]; T is at most P."""
-        table = self.positions[: ids.shape[1]]  # [T, D]
+        """ids [B, T] -> [B, T, D]; InputError if T is more than P."""
+        T, P = ids.shape[1], len(self.positions)
+        require(T <= P, f"{T} tokens, but the table has {P} positions")
+        table = self.positions[:T]  # [T, D]
         return F.embedding(ids, self.weight) + table  # [B, T, D]
 
 
@@ -174,6 +169,15 @@ GPT2_NAMES = {
 }
 
 
+GPT2_BUILT = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+
+
 def rename_gpt2(name):
     """A name in transformers' GPT-2 -> the name in our model."""
     for theirs, ours in GPT2_NAMES.items():
@@ -185,8 +189,17 @@ def from_gpt2(theirs):
     """Our model with the weights of a transformers `GPT2LMHeadModel`.
 
     `GPT2LMHeadModel.from_pretrained("gpt2")` gives OpenAI's, online.
+
+    Raises:
+        InputError: its config asks for something that is not built here.
     """
     c = theirs.config
+    for name, built in GPT2_BUILT.items():
+        found = getattr(c, name)
+        require(
+            found == built,
+            f"config has {name} = {found!r}; this book builds only {built!r}",
+        )
     shape = c.vocab_size, c.n_embd, c.n_inner or 4 * c.n_embd
     counts = c.n_layer, c.n_head, c.n_positions
     model = build_ladder(LadderConfig(*shape, *counts))
@@ -242,6 +255,19 @@ BESIDE = {
 TWIN = "tied twin"
 
 
+def changes_of(name):
+    """All that a row changes in GPT-2. Raises: InputError for an unknown row."""
+    names, known = list(LADDER), [*LADDER, *BESIDE]
+    if name not in known:
+        known.append(TWIN)
+        raise InputError(f"row {name!r}: take {', '.join(known)}")
+    last = name if name in LADDER else names[-1]
+    changes = {}
+    for each in names[: names.index(last) + 1]:
+        changes |= LADDER[each]
+    return changes | BESIDE.get(name, {})
+
+
 def rung(name, base):
     """The `LadderConfig` of a row.
 
@@ -249,23 +275,15 @@ def rung(name, base):
         name: a key of LADDER or BESIDE, or TWIN.
         base: the GPT-2 that the ladder starts from.
 
-    Raises:
-        InputError: no row has this name.
+    Raises: InputError for an unknown row.
     """
-    names, known = list(LADDER), [*LADDER, TWIN, *BESIDE]
-    if name not in known:
-        raise InputError(f"row {name!r}: take {', '.join(known)}")
     if name == TWIN:
         untied, tied = rung("untied head", base), rung("no biases", base)
         deeper = replace(tied, num_hidden_layers=tied.num_hidden_layers + 2)
         return with_size(deeper, size_of(untied))
-    last = name if name in LADDER else names[-1]
-    changes = {}
-    for each in names[: names.index(last) + 1]:
-        changes |= LADDER[each]
+    changes = changes_of(name)
     tied = changes.pop("tie_word_embeddings", True)
-    config = replace(base, **changes | BESIDE.get(name, {}))
-    config = with_size(config, size_of(base))
+    config = with_size(replace(base, **changes), size_of(base))
     return replace(config, tie_word_embeddings=tied)
 
 

@@ -207,37 +207,47 @@ def huber(residuals, counts):
     return (torch.where(size <= DELTA, square, straight) * counts).sum(-1)
 
 
-def descend(theta, log_n, log_d, log_loss, counts, free, steps):
-    """Lower Huber's loss by Levenberg's and Marquardt's steps.
+def damped_step(theta, logs, counts, free, damping):
+    """Levenberg's and Marquardt's step, to be taken off theta: [R, 5].
 
     Args:
-        theta: [R, 5], starts; log_n, log_d, log_loss: [n].
+        theta: [R, 5]; logs: of N, of d and of the losses, [n] each.
         counts: [n] or [R, n]; free: [5], 0 where a number is held.
+        damping: [R, 1].
+    """
+    log_n, log_d, log_loss = logs
+    terms = law_terms(theta, log_n, log_d)
+    residuals = terms.logsumexp(-1) - log_loss
+    e, a, b = terms.softmax(-1).unbind(-1)  # shares of the loss
+    slopes = torch.stack((e, a, b, -a * log_n, -b * log_d), -1) * free
+    weights = counts * DELTA / residuals.abs().clamp_min(DELTA)
+    weighted = slopes * weights[..., None]
+    matrix = weighted.mT @ slopes + torch.diag(1 - free)
+    pull = (weighted * residuals[..., None]).sum(-2)
+    scale = matrix.diagonal(dim1=-2, dim2=-1) + 1e-9
+    damped = matrix + torch.diag_embed(damping * scale)
+    return torch.linalg.solve(damped, pull)
+
+
+def misfit(theta, logs, counts):
+    """Huber's loss of each fit: [R]; arguments as in `damped_step`."""
+    log_n, log_d, log_loss = logs
+    fitted = law_terms(theta, log_n, log_d).logsumexp(-1)
+    return huber(fitted - log_loss, counts)
+
+
+def descend(theta, logs, counts, free, steps):
+    """Lower Huber's loss, for all starts at once; as in `damped_step`.
 
     Returns: theta [R, 5], and its Huber loss [R].
     """
     damping = torch.full_like(theta[:, :1], 1e-2)
-    terms = law_terms(theta, log_n, log_d)
-    residuals = terms.logsumexp(-1) - log_loss
-    lowest = huber(residuals, counts)
-    held = torch.diag(1 - free)
+    lowest = misfit(theta, logs, counts)
     for _ in range(steps):
-        e, a, b = terms.softmax(-1).unbind(-1)  # shares of the loss
-        slopes = torch.stack((e, a, b, -a * log_n, -b * log_d), -1) * free
-        weights = counts * DELTA / residuals.abs().clamp_min(DELTA)
-        weighted = slopes * weights[..., None]
-        matrix = weighted.mT @ slopes + held
-        pull = (weighted * residuals[..., None]).sum(-2)
-        scale = matrix.diagonal(dim1=-2, dim2=-1) + 1e-9
-        damped = matrix + torch.diag_embed(damping * scale)
-        trial = theta - torch.linalg.solve(damped, pull)
-        new_terms = law_terms(trial, log_n, log_d)
-        new_residuals = new_terms.logsumexp(-1) - log_loss
-        new = huber(new_residuals, counts)
+        trial = theta - damped_step(theta, logs, counts, free, damping)
+        new = misfit(trial, logs, counts)
         better = new < lowest
         theta = torch.where(better[:, None], trial, theta)
-        terms = torch.where(better[:, None, None], new_terms, terms)
-        residuals = torch.where(better[:, None], new_residuals, residuals)
         lowest = torch.where(better, new, lowest)
         damping = torch.where(better[:, None], damping / 4, damping * 4)
         damping = damping.clamp(1e-12, 1e8)
@@ -263,7 +273,7 @@ def fit_law(N, d, losses, floor=None, steps=150):
     if floor is not None:
         theta[:, 0], free[0] = math.log(floor), 0
     logs = N.log(), d.log(), losses.log()
-    ends, huber_loss = descend(theta, *logs, 1, free, steps)
+    ends, huber_loss = descend(theta, logs, 1, free, steps)
     best = huber_loss.argmin()
     return as_law(ends[best]), huber_loss[best].item()
 
@@ -285,7 +295,7 @@ def bootstrap_law(N, d, losses, law, repeats=300, seed=0, steps=40):
     theta = [*map(math.log, values), law.alpha, law.beta]
     theta = torch.tensor(theta).double().expand(repeats, 5)
     logs, free = (N.log(), d.log(), losses.log()), torch.ones(5).double()
-    return as_law(descend(theta, *logs, counts, free, steps)[0])
+    return as_law(descend(theta, logs, counts, free, steps)[0])
 
 
 # A planner
@@ -323,6 +333,18 @@ def short(x):
     return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
+def check_plan(device, flops, size, tokens, mfu, others):
+    """Refuse what makes no plan. Raises: InputError."""
+    if device not in PEAKS:
+        raise InputError(f"{device!r} is unknown: take {', '.join(PEAKS)}")
+    given = (flops is not None, size is not None, tokens is not None)
+    if given not in ((1, 0, 0), (1, 1, 0), (0, 1, 1)):
+        raise InputError("give flops, flops and size, or size and tokens")
+    numbers = (flops, size, tokens, *others)
+    if min(x for x in numbers if x is not None) <= 0 or mfu > 1:
+        raise InputError("all numbers are above 0, and mfu is at most 1")
+
+
 def plan_run(
     device,
     devices=1,
@@ -344,14 +366,8 @@ def plan_run(
 
     Raises: InputError for an unknown device or another set of numbers.
     """
-    if device not in PEAKS:
-        raise InputError(f"{device!r} is unknown: take {', '.join(PEAKS)}")
-    given = (flops is not None, size is not None, tokens is not None)
-    if given not in ((1, 0, 0), (1, 1, 0), (0, 1, 1)):
-        raise InputError("give flops, flops and size, or size and tokens")
-    numbers = devices, mfu, price, flops, size, tokens, each
-    if min(x for x in numbers if x is not None) <= 0 or mfu > 1:
-        raise InputError("all numbers are above 0, and mfu is at most 1")
+    numbers = (devices, mfu, price, each)
+    check_plan(device, flops, size, tokens, mfu, numbers)
     if size is None:
         size, _ = law.best(flops)
     each = each or 6 * size

@@ -136,17 +136,22 @@ def check_options(config):
                 high = value > most
                 bound = f"at most {most}" if high else f"at least {least}"
                 raise InputError(f"{flag(name)} must be {bound}, not {value}")
+    check_choices(config)
+    if config.choice and config.sequence_length < CONTEXT + OPTION:
+        raise InputError(
+            f"--choice takes rows of {CONTEXT + OPTION} tokens: "
+            f"--sequence-length {config.sequence_length} is too short"
+        )
+
+
+def check_choices(config):
+    """Refuse a value that its field does not list. Raises: InputError."""
     for one in fields(config):
         value, allowed = getattr(config, one.name), choices(one)
         if allowed and value not in allowed:
             raise InputError(
                 f"{flag(one.name)} {value!r}: take {' or '.join(allowed)}"
             )
-    if config.choice and config.sequence_length < CONTEXT + OPTION:
-        raise InputError(
-            f"--choice takes rows of {CONTEXT + OPTION} tokens: "
-            f"--sequence-length {config.sequence_length} is too short"
-        )
 
 
 def choices(one):
@@ -518,6 +523,20 @@ def other_places(seam, seams, draw):
     return taken[:3]
 
 
+def cut_item(tokens, seam, seams, draw):
+    """Context, options in a random order, and which is true; or None.
+
+    Args:
+        seams: those of the same document.
+    """
+    places = [seam, *other_places(seam, seams, draw)]
+    options = np.stack([tokens[p : p + OPTION] for p in places])
+    if len(np.unique(options, axis=0)) < 4:
+        return None
+    order = draw.permutation(4)
+    return tokens[seam - CONTEXT : seam], options[order], order.argmin()
+
+
 def choice_items(tokens, line_end, end_of_text, count, seed=0):
     """Draw items from a text.
 
@@ -534,17 +553,13 @@ def choice_items(tokens, line_end, end_of_text, count, seed=0):
     for i in draw.permutation(len(seams)):
         if len(items) == count:
             break
-        seam = seams[i]
         first, last = np.searchsorted(document, document[i] + np.arange(2))
-        places = [seam, *other_places(seam, seams[first:last], draw)]
-        options = np.stack([tokens[p : p + OPTION] for p in places])
-        whole = slice(seam - CONTEXT, seam + OPTION)
-        if used[whole].any() or len(np.unique(options, axis=0)) < 4:
+        item = cut_item(tokens, seams[i], seams[first:last], draw)
+        whole = slice(seams[i] - CONTEXT, seams[i] + OPTION)
+        if item is None or used[whole].any():
             continue
         used[whole] = True
-        order = draw.permutation(4)
-        context = tokens[seam - CONTEXT : seam]
-        items.append((context, options[order], order.argmin()))
+        items.append(item)
     if len(items) < count:
         raise InputError(
             f"--choice {count}: the validation text has only {len(items)} "

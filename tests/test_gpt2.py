@@ -29,6 +29,7 @@ from llama_tut.model import LlamaForCausalLM, flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablation  # noqa: E402
 import grid  # noqa: E402
 
 ROWS = [*LADDER, TWIN, *BESIDE]
@@ -287,3 +288,80 @@ def test_grid_is_resumable(tmp_path):
     assert [tokens for tokens, _ in first[0]["curve"]] == [64, 96]
     changed = grid.Job("seed0", options | {"steps": 4}, about={"seed": 0})
     assert changed.folder("x") != jobs[0].folder("x")
+
+
+@pytest.mark.parametrize(
+    "losses, lucky, expected, tried",
+    [
+        # lowest inside the three rates that a row starts with
+        ([9, 5.0, 4.0, 5.0, 9], None, 2, {1, 2, 3}),
+        # lowest at an edge: it goes on to that side, until a worse one
+        ([9, 6.0, 5.0, 4.0, 3.0, 8, 9], None, 4, {1, 2, 3, 4, 5}),
+        # two close ones, the second seed decides
+        ([9, 4.02, 4.0, 5.0, 9], 2, 1, {0, 1, 2, 3}),
+    ],
+)
+def test_tuning_goes_on_until_the_best_rate_is_inside(
+    monkeypatch, losses, lucky, expected, tried
+):
+    def run_grid(root, data, jobs):
+        runs = []
+        for row, rate, seed in jobs:
+            i = ablation.RATES.index(rate)
+            unlucky = i == lucky and seed == ablation.TUNING[1]
+            loss = losses[i] + unlucky
+            runs.append(
+                dict(row=row, learning_rate=rate, seed=seed, val_loss=loss)
+            )
+        return runs
+
+    monkeypatch.setattr(ablation, "run_grid", run_grid)
+    runs, best = ablation.tune("", "", ["a"], lambda *job: job, start=2)
+    assert best == {"a": ablation.RATES[expected]}
+    assert set(ablation.tried(runs, "a", ablation.TUNING[0])) == tried
+
+
+def test_a_grid_of_other_text_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    data, other = tiny_data(tmp_path / "a"), tiny_data(tmp_path / "b", seed=1)
+    run = tmp_path / "run"
+    run.mkdir()
+    info = json.loads((data / "dataset.json").read_text())
+    (run / "config.json").write_text(json.dumps({"data": info}))
+    grid.check_data(run, data)
+    with pytest.raises(InputError, match="choose another --runs"):
+        grid.check_data(run, other)
+
+
+@pytest.mark.parametrize("script", ["ablation", "scaling"])
+def test_grids_refuse_bad_input_in_one_line(script, tmp_path):
+    for option in (["--data", str(tmp_path)], ["--no-such"]):
+        run = subprocess.run(
+            [sys.executable, f"benchmarks/{script}.py", *option],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 2
+        assert run.stderr.startswith("error: ")
+        assert run.stderr.count("\n") == 1
+
+
+def test_a_table_of_positions_has_an_end():
+    model = build_ladder(LadderConfig(300, 48, 192, 1, 2, 8))
+    with pytest.raises(InputError, match="9 tokens, but the table has 8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"activation_function": "relu"},
+        {"layer_norm_epsilon": 1e-6},
+        {"scale_attn_by_inverse_layer_idx": True},
+    ],
+)
+def test_other_gpt2s_are_refused_by_name(option):
+    with pytest.raises(InputError, match=next(iter(option))):
+        from_gpt2(random_gpt2(**option))

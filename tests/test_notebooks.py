@@ -43,7 +43,7 @@ def test_metadata_is_tidy(notebook):
 
 
 def test_outputs_are_small_and_clean(notebook):
-    assert notebook.path.stat().st_size < 450_000
+    assert notebook.path.stat().st_size < 400_000
     for cell in code_cells(notebook):
         for output in cell.outputs:
             assert output.get("name") != "stderr", cell.id

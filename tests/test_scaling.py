@@ -253,6 +253,6 @@ def test_a_prediction_is_made_once_and_never_afterwards(tmp_path, monkeypatch):
     kept = json.loads(path.read_text())
     assert again["predicted_at"] == kept["predicted_at"]
     records[0]["val_loss"] += 0.01
-    with pytest.raises(SystemExit, match="the largest run has begun"):
+    with pytest.raises(InputError, match="the largest run has begun"):
         grid.write_prediction(records, Info, runs)
     assert json.loads(path.read_text()) == kept
