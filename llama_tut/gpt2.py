@@ -169,6 +169,13 @@ GPT2_NAMES = {
 }
 
 
+def rename_gpt2(name):
+    """A name in transformers' GPT-2 -> the name in our model."""
+    for theirs, ours in GPT2_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name.replace("transformer.", "model.")
+
+
 GPT2_BUILT = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -178,11 +185,14 @@ GPT2_BUILT = {
 }
 
 
-def rename_gpt2(name):
-    """A name in transformers' GPT-2 -> the name in our model."""
-    for theirs, ours in GPT2_NAMES.items():
-        name = name.replace(theirs, ours)
-    return name.replace("transformer.", "model.")
+def check_gpt2(config):
+    """Refuse a variant that is not built here. Raises: InputError."""
+    for name, built in GPT2_BUILT.items():
+        found = getattr(config, name)
+        require(
+            found == built,
+            f"config has {name} = {found!r}; this book builds only {built!r}",
+        )
 
 
 def from_gpt2(theirs):
@@ -194,12 +204,7 @@ def from_gpt2(theirs):
         InputError: its config asks for something that is not built here.
     """
     c = theirs.config
-    for name, built in GPT2_BUILT.items():
-        found = getattr(c, name)
-        require(
-            found == built,
-            f"config has {name} = {found!r}; this book builds only {built!r}",
-        )
+    check_gpt2(c)
     shape = c.vocab_size, c.n_embd, c.n_inner or 4 * c.n_embd
     counts = c.n_layer, c.n_head, c.n_positions
     model = build_ladder(LadderConfig(*shape, *counts))
@@ -256,7 +261,7 @@ TWIN = "tied twin"
 
 
 def changes_of(name):
-    """All that a row changes in GPT-2. Raises: InputError for an unknown row."""
+    """All that a row changes. Raises: InputError for an unknown row."""
     names, known = list(LADDER), [*LADDER, *BESIDE]
     if name not in known:
         known.append(TWIN)
