@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from llama_tut.config import InputError
-from llama_tut.tokens import load_dataset_info
+from llama_tut.tokens import load_dataset_info, write_json
 from llama_tut.trainer import build_llama, configure, read_metrics, train
 
 # Options and one-line errors as in the other scripts.
@@ -126,7 +126,12 @@ def check_data(out, data):
     path = out / "config.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text())["data"]["hash"]
+    try:
+        before = json.loads(path.read_text())["data"]["hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not readable ({error}); remove {out}"
+        ) from error
     if before != load_dataset_info(data).hash:
         raise InputError(
             f"{out} is a run on other text than {data}: choose another --runs"
@@ -140,7 +145,10 @@ def run_job(job, root, data):
     path = out / "record.json"
     check_data(out, data)
     if path.exists():
-        return json.loads(path.read_text())
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            pass  # damaged: made anew from the run's own files
     out.mkdir(parents=True, exist_ok=True)
     config = configure(
         {**job.options, "data": str(data), "out": str(out), "resume": True}
@@ -151,7 +159,7 @@ def run_job(job, root, data):
     if last is None or last["step"] < config.steps:
         return None
     record = record_of(job, out, time.perf_counter() - began)
-    path.write_text(json.dumps(record))
+    write_json(path, record)
     return record
 
 

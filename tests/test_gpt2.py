@@ -284,6 +284,10 @@ def test_grid_is_resumable(tmp_path):
     again = grid.run_grid(tmp_path / "runs", data, jobs, workers=1)
     assert again == first
     assert [path.stat().st_mtime_ns for path in files] == times
+    damaged = jobs[0].folder(tmp_path / "runs") / "record.json"
+    damaged.write_text(damaged.read_text()[:50])
+    repaired = grid.run_job(jobs[0], tmp_path / "runs", data)
+    assert repaired["val_loss"] == first[0]["val_loss"]
     assert [record["seed"] for record in first] == [0, 1]
     assert [tokens for tokens, _ in first[0]["curve"]] == [64, 96]
     changed = grid.Job("seed0", options | {"steps": 4}, about={"seed": 0})
