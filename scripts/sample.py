@@ -6,7 +6,6 @@ python scripts/sample.py --chat --prompt "Why is the sky blue?"
 python scripts/sample.py --temperature 0 --fast --prompt "def "
 """
 
-import copy
 import sys
 import time
 
@@ -16,9 +15,11 @@ from models import add_model_options, load
 
 from llama_tut.config import require
 from llama_tut.generate import (
+    Bfloat16Linear,
     FastModel,
     check_request,
     check_sampling,
+    four_bit_linear,
     stream,
     stream_greedy,
     text_pieces,
@@ -40,8 +41,8 @@ def build_parser():
     add(
         "--fast",
         action="store_true",
-        help="a bfloat16 copy guesses ahead and the model checks: the same "
-        "tokens, sooner; with --temperature 0 and on a CPU",
+        help="the text so far and a four-bit copy guess ahead, the model "
+        "checks: the same tokens, sooner; with --temperature 0 and on a CPU",
     )
     add("--stats", action="store_true", help="tokens a second, on stderr")
     return parser
@@ -88,7 +89,7 @@ def check(args):
 def tokens_of(model, ids, new, stops, args):
     """The new tokens, one by one, as the options say."""
     if args.fast:
-        draft = FastModel(copy.deepcopy(model).bfloat16())
+        draft = FastModel(model, four_bit_linear, Bfloat16Linear)
         return stream_greedy(FastModel(model), draft, ids, new, stops)
     return stream(
         model,

@@ -5,19 +5,26 @@ import copy
 import pytest
 import torch
 
+from llama_tut import generate as generation
 from llama_tut.config import InputError, LlamaConfig
 from llama_tut.generate import (
+    Bfloat16Linear,
     FastModel,
+    FourBitLinear,
     KVCache,
     Reader,
+    four_bit_linear,
     generate,
+    guess,
     left_pad,
+    look_up,
     pack_weights,
     probabilities,
     speculate,
     stream,
     stream_greedy,
     text_pieces,
+    to_levels,
 )
 from llama_tut.model import LlamaForCausalLM
 
@@ -233,8 +240,7 @@ PROMPT = torch.tensor([[5, 17, 3, 44]])
 
 def new_tokens(model, draft, new=20, **options):
     """The tokens of `stream_greedy`, as a list."""
-    fast = FastModel(model), FastModel(draft)
-    found = stream_greedy(*fast, PROMPT, new, **options)
+    found = stream_greedy(FastModel(model), draft, PROMPT, new, **options)
     return [token.item() for token in found]
 
 
@@ -253,41 +259,138 @@ def test_packed_weights_compute_the_same(tied):
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 16])
-@pytest.mark.parametrize("drafted_by", ["itself", "bfloat16", "noise"])
-def test_a_guess_never_changes_the_tokens(model, drafted_by, ahead):
+@pytest.mark.parametrize("drafted_by", ["itself", "few bits", "noise", None])
+def test_a_guess_never_changes_the_tokens(drafted_by, ahead):
     """Whatever the draft guesses, the text is the model's own greedy one."""
+    model = build(hidden_size=96, intermediate_size=96)  # fits four bits
+    noise = copy.deepcopy(model)
+    torch.nn.init.normal_(noise.model.layers[1].mlp.up_proj.weight)
     drafts = {
-        "itself": model,
-        "bfloat16": copy.deepcopy(model).bfloat16(),
-        "noise": build(num_hidden_layers=1, hidden_size=12),
+        "itself": FastModel(model),
+        "few bits": FastModel(model, four_bit_linear, Bfloat16Linear),
+        "noise": FastModel(noise),
+        None: None,
     }
+    few = drafts["few bits"].layers[0]
+    assert all(
+        isinstance(linear, FourBitLinear)
+        for linear in (few.qkv, few.out, few.gate_up, few.down)
+    )
     wanted = generate(model, PROMPT, 20)[0, 4:].tolist()
-    found = new_tokens(model, drafts[drafted_by], ahead=ahead)
-    assert found == wanted
+    assert new_tokens(model, drafts[drafted_by], ahead=ahead) == wanted
 
 
-def test_a_perfect_draft_is_always_right(model):
-    readers = [Reader(FastModel(model), 60) for _ in range(2)]
-    rounds = speculate(*readers, PROMPT[0].tolist(), 5)
+def test_a_perfect_draft_is_always_right(model, monkeypatch):
+    monkeypatch.setattr(generation, "look_up", lambda *_: [])
+    fast = FastModel(model)
+    rounds = speculate(Reader(fast, 60), fast, PROMPT[0].tolist(), 5)
     assert [len(next(rounds)) for _ in range(4)] == [1, 6, 6, 6]
 
 
+def test_a_wrong_draft_leaves_nothing_behind(model, monkeypatch):
+    """Each round gives one token, and the memory holds exact keys again."""
+    monkeypatch.setattr(generation, "look_up", lambda *_: [])
+    wrong = [60, 59, 58, 57, 56]
+    monkeypatch.setattr(generation, "guess", lambda *_: wrong)
+    wanted = generate(model, PROMPT, 8)[0, 4:].tolist()
+    assert not set(wrong) & set(wanted)
+    reader = Reader(FastModel(model), 60)
+    rounds = speculate(reader, reader.model, PROMPT[0].tolist(), 5)
+    assert [t for _ in range(8) for t in next(rounds)] == wanted
+    exact = Reader(reader.model, 60)
+    exact.read([*PROMPT[0].tolist(), *wanted[:-1]])
+    assert exact.length == reader.length
+    for held, right in zip(reader.memory, exact.memory, strict=True):
+        for a, b in zip(held, right, strict=True):
+            torch.testing.assert_close(
+                a[:, :, : reader.length], b[:, :, : reader.length]
+            )
+
+
+def test_guessing_leaves_the_reader_as_it_was(model, monkeypatch):
+    fast, text = FastModel(model), [*PROMPT[0].tolist(), 9]
+    reader = Reader(fast, 20)
+    reader.read(text[:-1])
+    with torch.no_grad():
+        assert guess(reader, None, text, 4) == []
+        wanted = generate(model, torch.tensor([text]), 4)[0, 5:].tolist()
+        monkeypatch.setattr(generation, "look_up", lambda *_: [])
+        assert guess(reader, fast, text, 4) == wanted
+        assert reader.length == 4
+
+
+def test_the_text_takes_over_from_the_draft(model, monkeypatch):
+    """One token by the draft, then the text was here before."""
+    text = [5, 17, 3, 44, 8, 17, 3]
+    draft = FastModel(model)
+    reader = Reader(draft, 20)
+    reader.read(text[:-1])
+    steps = []
+
+    def read(tokens, by):
+        steps.append(tokens)
+        return torch.eye(61)[[44]]
+
+    monkeypatch.setattr(reader, "read", read)
+    assert guess(reader, draft, text, 3) == [44, 8, 17, 3, 44, 8]
+    assert steps == [[3]]
+
+
+def test_looking_up_takes_the_latest_place_and_goes_round():
+    assert look_up([1, 2, 3, 8, 1, 2, 3, 9, 1, 2, 3], 5) == [9, 1, 2, 3, 9]
+    assert look_up([4, 4, 4, 4], 3) == [4, 4, 4]
+    assert look_up([1, 2, 3], 3) == []
+    assert look_up([], 3) == []
+    assert look_up([7, 1, 7], 2, size=1) == [1, 7]
+
+
+def test_levels_are_off_by_half_a_step_at_most():
+    torch.manual_seed(0)
+    weight = torch.randn(48, 96)
+    weight[5] = 0  # a row without a range
+    weight[6] = 3.0
+    levels, scales = to_levels(weight)
+    assert levels.min() == 0 and levels.max() == 15
+    step, middle = scales.float().transpose(0, 1).unbind(-1)  # [O, G]
+    found = (
+        middle[..., None]
+        + (levels.unflatten(1, (-1, 32)) - 8) * step[..., None]
+    )
+    error = (found.flatten(1) - weight).abs().unflatten(1, (-1, 32))
+    # And bfloat16's rounding of step and middle, 2**-9 of 8 steps and of m.
+    slack = (8 * step.abs() + middle.abs() + 8 * step) * 2**-8
+    assert (error <= (step / 2 + slack)[..., None] + 1e-9).all()
+    product = FourBitLinear(weight)(torch.eye(96)).T
+    torch.testing.assert_close(
+        product, found.flatten(1), rtol=2**-7, atol=1e-3
+    )
+
+
+def test_matrices_that_do_not_fit_stay_in_16_bits():
+    kinds = [
+        type(four_bit_linear(torch.randn(*s)))
+        for s in ((48, 64), (40, 64), (48, 80))
+    ]
+    assert kinds == [FourBitLinear, Bfloat16Linear, Bfloat16Linear]
+
+
 def test_guessing_stops_where_streaming_stops(model):
+    fast = FastModel(model)
     wanted = [t.item() for t in stream(model, PROMPT, 20)]
     stop = wanted[7]
     cut = wanted[: wanted.index(stop) + 1]
-    assert new_tokens(model, model, stop_tokens=[stop]) == cut
-    assert len(new_tokens(model, model, new=1)) == 1
-    assert new_tokens(model, model, new=0) == []
-    assert new_tokens(model, model, new=3, ahead=8) == wanted[:3]
+    assert new_tokens(model, fast, stop_tokens=[stop]) == cut
+    assert len(new_tokens(model, fast, new=1)) == 1
+    assert new_tokens(model, fast, new=0) == []
+    assert new_tokens(model, fast, new=3, ahead=8) == wanted[:3]
 
 
 def test_guessing_refuses_what_cannot_work(model):
-    two = PROMPT.expand(2, 4)
+    fast, two = FastModel(model), PROMPT.expand(2, 4)
     with pytest.raises(InputError, match="one prompt"):
-        list(stream_greedy(FastModel(model), FastModel(model), two, 3))
+        list(stream_greedy(fast, fast, two, 3))
     with pytest.raises(InputError, match="do not fit"):
-        new_tokens(model, model, new=61)
+        new_tokens(model, fast, new=61)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -311,18 +414,19 @@ def test_few_operators_compute_the_same(tied, dtype):
 
 
 @pytest.mark.slow
-def test_compiled_steps_give_the_same_tokens():
+def test_compiled_steps_give_the_same_tokens(monkeypatch):
     """And other prompts, of other lengths, compile nothing anew."""
-    fast = FastModel(build(num_hidden_layers=1), compiled=True)
+    # Autotuning takes a minute and changes no formula.
+    monkeypatch.setitem(generation.COMPILE, "max_autotune", False)
     model = build(num_hidden_layers=1)
-    readers = [Reader(fast, 40) for _ in range(2)]
+    fast = FastModel(model, compiled=True)
+    reader = Reader(fast, 40)
     for prompt, stance in (
         ([5, 17, 3], "default"),
         ([9, 2], "fail_on_recompile"),
     ):
-        for reader in readers:
-            reader.forget(0)
-        rounds = speculate(*readers, prompt, 3)
+        reader.forget(0)
+        rounds = speculate(reader, fast, prompt, 3)
         with torch.compiler.set_stance(stance):
             found = [t for _ in range(4) for t in next(rounds)]
         wanted = generate(model, torch.tensor([prompt]), len(found))
