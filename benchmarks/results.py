@@ -23,7 +23,9 @@ def read(name):
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(
+            f"{path}: {error}; restore it, or make it anew (make help)"
+        ) from error
 
 
 def by_row(found, key="val_loss"):
