@@ -42,7 +42,8 @@ def build_parser():
         "--fast",
         action="store_true",
         help="the text so far and a four-bit copy guess ahead, the model "
-        "checks: the same tokens, sooner; with --temperature 0 and on a CPU",
+        "checks: the same tokens, sooner in a long text (preparing takes a "
+        "second or two); with --temperature 0 and on a CPU",
     )
     add("--stats", action="store_true", help="tokens a second, on stderr")
     return parser

@@ -385,6 +385,14 @@ def test_guessing_stops_where_streaming_stops(model):
     assert new_tokens(model, fast, new=3, ahead=8) == wanted[:3]
 
 
+@pytest.mark.parametrize("drafted", [True, False])
+def test_guessing_fills_the_context_to_its_end(model, drafted):
+    """The last guesses reach past the context; the tokens do not."""
+    wanted = generate(model, PROMPT, 60)[0, 4:].tolist()
+    draft = FastModel(model) if drafted else None
+    assert new_tokens(model, draft, new=60) == wanted
+
+
 def test_guessing_refuses_what_cannot_work(model):
     fast, two = FastModel(model), PROMPT.expand(2, 4)
     with pytest.raises(InputError, match="one prompt"):
