@@ -54,10 +54,10 @@ bench: .venv ## speed and memory beside transformers and the harness's way; writ
 data/docs/dataset.json: | .venv
 	@$(PY) scripts/prepare.py --corpus docs --vocab-size 2048 --out data/docs
 
-ablation: data/docs/dataset.json ## chapter 17's runs: GPT-2 to LLaMA, optimizers (an hour; resumable)
+ablation: data/docs/dataset.json ## chapter 22's runs: GPT-2 to LLaMA, optimizers (an hour; resumable)
 	@$(PY) benchmarks/ablation.py
 
-scaling: data/docs/dataset.json ## chapter 18's runs: sizes and budgets (an hour; resumable)
+scaling: data/docs/dataset.json ## chapter 23's runs: sizes and budgets (an hour; resumable)
 	@$(PY) benchmarks/scaling.py
 
 results: .venv ## what the committed runs say: ladder, frontier, optimizers, choice

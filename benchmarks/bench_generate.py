@@ -24,7 +24,6 @@ from machine import write_result
 from read_alike import convert_to_gguf, llama_cpp_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_tut.config import find_pretrained
 from llama_tut.generate import (
     Bfloat16Linear,
     FastModel,
@@ -35,6 +34,7 @@ from llama_tut.generate import (
     speculate,
 )
 from llama_tut.hellaswag import read_examples
+from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained
 
 AHEAD = 8
@@ -55,7 +55,7 @@ def theirs(model, options, ids, new):
 
 
 def plain(model, ids, new):
-    """The loop of chapter 10."""
+    """The loop of chapter 11."""
     return generate(model, ids, new)[0, ids.shape[1] :].tolist()
 
 
@@ -118,7 +118,7 @@ def their_contenders(folder):
 
 
 def our_contenders(folder, capacity, compiled):
-    """{name: function of ids and new}: chapter 10's ways."""
+    """{name: function of ids and new}: chapter 11's ways."""
     model = load_pretrained(folder).eval()
     half = load_pretrained(folder, torch.bfloat16).eval()
     packed = pack_weights(load_pretrained(folder).eval())

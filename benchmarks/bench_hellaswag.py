@@ -6,7 +6,7 @@ The harness's way, as in `HFLM._loglikelihood_tokens` of lm-evaluation-harness
 0.4.13: transformers' model in float32, one row for each ending, sorted by
 length, sixteen rows a batch, log-softmax of all logits. Ours: `score_items`
 in float32 and bfloat16, with the matrices as they lie and in oneDNN's order
-(chapter 10). The examples are split into groups; in every group
+(chapter 11). The examples are split into groups; in every group
 each contender scores the same examples, and the ratio is that of the medians.
 Writes benchmarks/results/hellaswag_speed.json.
 """
@@ -19,7 +19,6 @@ import torch
 from machine import write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_tut.config import find_pretrained
 from llama_tut.generate import pack_weights
 from llama_tut.hellaswag import (
     accuracy,
@@ -28,6 +27,7 @@ from llama_tut.hellaswag import (
     read_examples,
     score_items,
 )
+from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained
 
 

@@ -16,7 +16,7 @@ import sys
 
 from machine import write_result
 
-from llama_tut.config import find_pretrained
+from llama_tut.tools.pretrained import find_pretrained
 
 CHILD = """
 import json, sys, time

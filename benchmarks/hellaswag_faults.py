@@ -1,4 +1,4 @@
-"""Score the published HellaSwag rightly and with three faults, for chapter 2.
+"""Score the published HellaSwag rightly and with three faults, for chapter 10.
 
     python benchmarks/hellaswag_faults.py --hellaswag FILE [--limit 400]
 
@@ -14,7 +14,6 @@ import torch
 from machine import write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_tut.config import find_pretrained
 from llama_tut.hellaswag import (
     accuracy,
     encode,
@@ -22,6 +21,7 @@ from llama_tut.hellaswag import (
     read_examples,
     score_items,
 )
+from llama_tut.tools.pretrained import find_pretrained
 
 
 def variants(tokenizer, examples):

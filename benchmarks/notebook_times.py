@@ -1,6 +1,6 @@
 """Run each notebook in a fresh kernel, one thread, and record its seconds.
 
-    python benchmarks/notebook_times.py [17_gpt2 ...]
+    python benchmarks/notebook_times.py [22_gpt2 ...]
 
 Without names all are run. Writes benchmarks/results/notebook_times.json, which
 the README's table and its test read; others' times stay. The notebooks

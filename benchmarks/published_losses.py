@@ -4,7 +4,7 @@ git clone https://github.com/hengjiUSTC/learn-llm
 python benchmarks/published_losses.py learn-llm/pretrain
 
 Writes notebooks/data/published_train_losses.csv.gz: a column a run, a line a
-step, three decimals. Chapter 12 reads it; notebooks/data/README.md says what
+step, three decimals. Chapter 13 reads it; notebooks/data/README.md says what
 it is.
 """
 

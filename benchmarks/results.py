@@ -13,8 +13,8 @@ import numpy as np
 from grid import cli
 from machine import RESULTS
 
-from llama_tut.config import InputError
 from llama_tut.gpt2 import LADDER, TWIN, paired_difference
+from llama_tut.tools.files import InputError
 
 
 def read(name):

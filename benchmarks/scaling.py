@@ -1,4 +1,4 @@
-"""The grid of chapter 18: sizes and horizons, then a prediction, then its test.
+"""The grid of chapter 23: sizes and horizons, then a prediction, then its test.
 
 python benchmarks/scaling.py          all of it, resumable
 python benchmarks/scaling.py --plan   only say what it would do
@@ -24,7 +24,7 @@ import machine
 import torch
 from grid import Job, cli, run_grid
 
-from llama_tut.config import InputError, LlamaConfig
+from llama_tut.config import LlamaConfig
 from llama_tut.model import flops_per_token, parameter_count
 from llama_tut.scaling import (
     bootstrap_frontier,
@@ -36,6 +36,7 @@ from llama_tut.scaling import (
     redraw,
 )
 from llama_tut.tokens import load_dataset_info
+from llama_tut.tools.files import InputError
 
 T, TOKENS_A_STEP = 128, 512
 LAYERS_AND_HEADS = {

@@ -29,27 +29,27 @@ STYLE = """
 
 # x, y, width of a box, its part, its notebook and its words.
 CHAPTERS = [
-    (10, 66, 84, "pretrain", "11_tokens", "11 Tokens"),
-    (106, 66, 84, "pretrain", "12_loader", "12 Loader"),
-    (210, 66, 84, "target", "01_config", "1 Config"),
+    (10, 66, 84, "pretrain", "12_tokens", "11 Tokens"),
+    (106, 66, 84, "pretrain", "13_loader", "12 Loader"),
+    (210, 66, 84, "target", "02_config", "1 Config"),
     (306, 66, 84, "prove", "09_weights", "9 Weights"),
     (36, 194, 96, "build", "03_rmsnorm", "3 RMSNorm"),
     (152, 194, 96, "build", "05_attention", "5 Attention"),
     (268, 194, 96, "build", "06_mlp", "6 MLP"),
     (152, 244, 96, "build", "04_rope", "4 RoPE"),
-    (22, 368, 112, "pretrain", "13_optimizer", "13 Optimizer"),
-    (144, 368, 112, "pretrain", "14_distributed", "14 Ranks"),
-    (266, 368, 112, "pretrain", "15_checkpoint", "15 Checkpoint"),
-    (10, 514, 90, "prove", "10_generate", "10 Generate"),
-    (110, 514, 90, "target", "02_hellaswag", "2 HellaSwag"),
-    (210, 514, 84, "measure", "17_gpt2", "17 GPT-2"),
-    (304, 514, 86, "measure", "18_scaling", "18 Scaling"),
+    (22, 368, 112, "pretrain", "14_optimizer", "13 Optimizer"),
+    (144, 368, 112, "pretrain", "16_distributed", "14 Ranks"),
+    (266, 368, 112, "pretrain", "17_checkpoint", "15 Checkpoint"),
+    (10, 514, 90, "prove", "11_generate", "10 Generate"),
+    (110, 514, 90, "target", "10_hellaswag", "2 HellaSwag"),
+    (210, 514, 84, "measure", "22_gpt2", "17 GPT-2"),
+    (304, 514, 86, "measure", "23_scaling", "18 Scaling"),
 ]
 # The same with a height: boxes around others, their words on top.
 AROUND = [
     (10, 126, 380, 170, "build", "08_model", "8 Model"),
     (24, 158, 352, 128, "build", "07_block", "7 Block, L times"),
-    (10, 336, 380, 74, "pretrain", "16_trainer", "16 Trainer"),
+    (10, 336, 380, 74, "pretrain", "15_trainer", "16 Trainer"),
 ]
 PLAIN = [
     (10, 10, 180, "a text file"),
@@ -122,7 +122,7 @@ def drawing():
 
 
 DESCRIPTION = (
-    "A text file becomes tokens (chapter 11) and rows (12). Config (1) and "
+    "A text file becomes tokens (chapter 12) and rows (12). Config (1) and "
     "weights (9) come from published models. Both enter the model (8), which "
     "is a block (7), L times: RMSNorm (3), attention (5) with RoPE (4), MLP "
     "(6). The trainer (16) takes the loss and gives back parameters, with "

@@ -1,4 +1,4 @@
-# From notebooks/15_checkpoint.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/17_checkpoint.ipynb by scripts/export.py: edit the notebook.
 """Checkpoints: all or nothing on disk, and everything an exact resume needs.
 
 Letters: W ranks, N parameters.
@@ -14,9 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from llama_tut.config import InputError
-from llama_tut.tokens import write_json
-from llama_tut.weights import flush
+from llama_tut.tools.files import InputError, flush, write_json
 
 # Random states
 

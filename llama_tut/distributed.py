@@ -1,4 +1,4 @@
-# From notebooks/14_distributed.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/16_distributed.ipynb by scripts/export.py: edit the notebook.
 """Ranks: several processes that train one model.
 
 Letters: B batch, T time, W ranks, N parameters.
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from llama_tut.config import InputError
+from llama_tut.tools.files import InputError
 
 # How do we know that all copies are equal?
 

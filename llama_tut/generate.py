@@ -1,4 +1,4 @@
-# From notebooks/10_generate.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/11_generate.ipynb by scripts/export.py: edit the notebook.
 """Generation: a key/value cache, sampling, and the loop that uses them.
 
 Letters: B batch, T tokens of one call, S tokens so far (the keys), K kv
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llama_tut.config import require
+from llama_tut.tools.files import require
 
 # The cache
 

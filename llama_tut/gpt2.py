@@ -1,4 +1,4 @@
-# From notebooks/17_gpt2.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/22_gpt2.ipynb by scripts/export.py: edit the notebook.
 """GPT-2 out of the book's LLaMA, and the ladder between the two.
 
 Letters: B batch, T time, D hidden_size, I intermediate_size, V vocabulary,
@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llama_tut.config import InputError, option, require
+from llama_tut.config import option
 from llama_tut.model import LlamaForCausalLM, initialize
 from llama_tut.rope import LlamaRotaryEmbedding
+from llama_tut.tools.files import InputError, require
 from llama_tut.trainer import check_choices, llama_config
 
 # The switches

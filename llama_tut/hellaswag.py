@@ -1,4 +1,4 @@
-# From notebooks/02_hellaswag.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/10_hellaswag.ipynb by scripts/export.py: edit the notebook.
 """HellaSwag: which of four endings does a model find the likeliest?
 
 Letters: B examples of one batch, T tokens of the longest row, N tokens of
@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from llama_tut.config import InputError, require
+from llama_tut.tools.files import InputError, require
 
 # An example
 

@@ -1,4 +1,4 @@
-# From notebooks/12_loader.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/13_loader.ipynb by scripts/export.py: edit the notebook.
 """Loader: rows of tokens from shards, for every rank, in any order.
 
 Letters: B batch, T time, W ranks, M rows of an epoch.
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llama_tut.config import InputError
-from llama_tut.tokens import digest, load_dataset_info, open_shard
+from llama_tut.tokens import load_dataset_info, open_shard
+from llama_tut.tools.files import InputError, digest
 
 # An order that can be indexed
 

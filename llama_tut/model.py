@@ -230,7 +230,7 @@ class LlamaForCausalLM(nn.Module):
         Args:
             position_ids: [T] or [B, T]; default: from cache[0].length or 0.
             attention_mask: as in `LlamaAttention`; default: causal.
-            cache: a list with one object for each layer (chapter 10).
+            cache: a list with one object for each layer (chapter 11).
             targets: [B, T], the next tokens; -100 does not count.
         """
         how = position_ids, attention_mask, cache

@@ -1,4 +1,4 @@
-# From notebooks/13_optimizer.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/14_optimizer.ipynb by scripts/export.py: edit the notebook.
 """Optimizers: AdamW, Muon for matrices, the learning rate, clipping.
 
 Letters: N parameters; matrices have rows and columns.
@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from llama_tut.config import InputError
+from llama_tut.tools.files import InputError
 
 # Which parameters decay
 

@@ -1,4 +1,4 @@
-# From notebooks/18_scaling.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/23_scaling.ipynb by scripts/export.py: edit the notebook.
 """Scaling: isoFLOP curves, a frontier, a law of three terms, and a planner.
 
 Letters: N parameters. Small letters, as the capitals are taken: c compute of
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from llama_tut.config import InputError
+from llama_tut.tools.files import InputError
 from llama_tut.trainer import PEAKS
 
 # By hand: where to spend it

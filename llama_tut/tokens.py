@@ -1,4 +1,4 @@
-# From notebooks/11_tokens.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/12_tokens.ipynb by scripts/export.py: edit the notebook.
 """Tokens: corpora, tokenizers, and shards of token ids on disk.
 
 Letters: V vocab_size.
@@ -36,7 +36,13 @@ import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from llama_tut.config import InputError, cache_folder
+from llama_tut.tools.files import (
+    InputError,
+    digest,
+    write_atomic,
+    write_json,
+)
+from llama_tut.tools.pretrained import cache_folder
 
 # Pre-tokens
 
@@ -84,25 +90,6 @@ def train_bpe(texts, vocab_size):
 
 
 # A folder that others can read
-
-
-def write_atomic(path, *parts):
-    """Write a file under another name, then rename it: all of it or none."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """Write a value as JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=2).encode() + b"\n")
 
 
 def save_tokenizer(tokenizer, folder):
@@ -574,14 +561,6 @@ def parallel_map(function, items, processes=None, setup=None, arguments=()):
 
 
 DOCS_RULES = 1  # raise it when a rule of cleaning or splitting changes
-
-
-def digest(*parts):
-    """blake2b of bytes, in hexadecimal (64 letters)."""
-    h = hashlib.blake2b(digest_size=32)
-    for part in parts:
-        h.update(part)
-    return h.hexdigest()
 
 
 def docs_path():

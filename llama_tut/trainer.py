@@ -1,4 +1,4 @@
-# From notebooks/16_trainer.ipynb by scripts/export.py: edit the notebook.
+# From notebooks/15_trainer.ipynb by scripts/export.py: edit the notebook.
 """Trainer: options, presets, a plan of memory, and the loop that trains.
 
 Letters: B batch, T time, D hidden_size, H heads, K kv heads, C head_dim,
@@ -35,7 +35,7 @@ from llama_tut.checkpoint import (
     random_states,
     save_checkpoint,
 )
-from llama_tut.config import InputError, LlamaConfig, RopeScaling, option
+from llama_tut.config import LlamaConfig, RopeScaling, option
 from llama_tut.distributed import (
     Ranks,
     broadcast_object,
@@ -63,8 +63,8 @@ from llama_tut.tokens import (
     first_tokens,
     load_dataset_info,
     read_tokenizer,
-    write_json,
 )
+from llama_tut.tools.files import InputError, write_json
 from llama_tut.weights import save_pretrained
 
 # Options: one place

@@ -4,8 +4,6 @@
 Letters: N parameters, V vocab_size, D hidden_size.
 """
 
-import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,13 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
-from llama_tut.config import (
-    InputError,
-    LlamaConfig,
-    find_pretrained,
-    require,
-)
+from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
+from llama_tut.tools.files import (
+    InputError,
+    flush,
+    read_json,
+    require,
+    write_json,
+)
+from llama_tut.tools.pretrained import find_pretrained
 
 # Which file holds which tensor
 
@@ -36,18 +37,6 @@ class Stored(NamedTuple):
     path: Path
     shape: tuple
     dtype: str  # safetensors' name: F32, BF16, ...
-
-
-def read_json(path):
-    """The dictionary in a JSON file. Raises InputError that names it."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"there is no {path}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no readable JSON: {error}") from error
-    require(isinstance(found, dict), f"{path} holds no JSON object")
-    return found
 
 
 def open_tensors(path):
@@ -254,11 +243,6 @@ def load_pretrained(name=None, dtype=None, device="cpu"):
 # Save
 
 
-def write_json(path, content):
-    """Write a dictionary as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
 def write_model(model, folder, tokenizer):
     """Write config, weights and tokenizer into an empty folder."""
     tensors = {
@@ -274,15 +258,6 @@ def write_model(model, folder, tokenizer):
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     save_file(tensors, folder / WHOLE, {"format": "pt"})
-
-
-def flush(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def move_into_place(new, folder):

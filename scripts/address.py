@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 from cli import Parser, run
 
-from llama_tut.config import InputError
+from llama_tut.tools.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "remove-cell"

@@ -7,7 +7,7 @@ import sys
 # Retries are told in pages; the error at their end is one line.
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
-from llama_tut.config import InputError  # noqa: E402
+from llama_tut.tools.files import InputError  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,6 @@ from pathlib import Path
 from cli import Parser, run
 from models import add_model_options, load
 
-from llama_tut.config import require
 from llama_tut.hellaswag import (
     accuracy,
     mcnemar,
@@ -21,6 +20,7 @@ from llama_tut.hellaswag import (
     score,
     write_predictions,
 )
+from llama_tut.tools.files import require
 
 ROWS = {
     "sum": ("acc", "largest sum of log-probabilities"),

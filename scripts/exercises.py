@@ -15,7 +15,7 @@ from cli import Parser, run
 from export import modules
 
 from llama_tut import exercises
-from llama_tut.config import InputError
+from llama_tut.tools.files import InputError
 
 LEAST = 2  # exercises a chapter, and wrong answers an exercise
 

@@ -1,5 +1,7 @@
 """Write llama_tut/NAME.py from the cells tagged `export` of notebooks/NN_NAME.ipynb.
 
+NN_fast_NAME.ipynb writes llama_tut/fast/NAME.py.
+
 python scripts/export.py            write every module
 python scripts/export.py --check    write nothing, exit 1 on a difference
 """
@@ -134,10 +136,16 @@ def has_exports(path):
     return any("export" in c.metadata.get("tags", []) for c in cells)
 
 
+def module_path(stem):
+    """NN_NAME -> NAME.py; NN_fast_NAME -> fast/NAME.py."""
+    name = stem.split("_", 1)[1]
+    return name.replace("fast_", "fast/", 1) + ".py"
+
+
 def modules(notebooks=NOTEBOOKS):
     """{notebook: module path} for the notebooks that build a module."""
     return {
-        path: PACKAGE / f"{path.stem.split('_', 1)[1]}.py"
+        path: PACKAGE / module_path(path.stem)
         for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
         if has_exports(path)
     }
@@ -170,10 +178,15 @@ def main():
             module.write_text(text)
             print(f"{notebook.name} -> {module.relative_to(ROOT)}")
     if not args.names:
-        known = set(table.values()) | {PACKAGE / "__init__.py"}
+        known = set(table.values()) | {
+            PACKAGE / "__init__.py",
+            PACKAGE / "fast" / "__init__.py",
+        }
         stale += [
             f"{module.relative_to(ROOT)} has no notebook"
-            for module in sorted(PACKAGE.glob("*.py"))
+            for module in sorted(
+                [*PACKAGE.glob("*.py"), *PACKAGE.glob("fast/*.py")]
+            )
             if module not in known
         ]
     if args.check and stale:

@@ -18,7 +18,7 @@ show() { # print a command, then run it
 show python scripts/prepare.py --corpus docs --vocab-size 2048 --out "$DATA"
 
 # 2. Training: two ranks, a LLaMA of 1.07 million parameters. Muon, as it won at
-#    equal tokens and at equal seconds (chapter 17). Beside the loss, how often
+#    equal tokens and at equal seconds (chapter 22). Beside the loss, how often
 #    it finds which of four windows goes on with a text.
 show env NPROC=2 scripts/train_ddp.sh --preset laptop \
   --data "$DATA" --out "$RUN" --resume \

@@ -13,7 +13,6 @@ import torch
 from cli import Parser, run
 from models import add_model_options, load
 
-from llama_tut.config import require
 from llama_tut.generate import (
     Bfloat16Linear,
     FastModel,
@@ -24,6 +23,7 @@ from llama_tut.generate import (
     stream_greedy,
     text_pieces,
 )
+from llama_tut.tools.files import require
 
 
 def build_parser():

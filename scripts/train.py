@@ -17,7 +17,8 @@ from typing import get_args
 
 from cli import Parser, run
 
-from llama_tut.config import InputError, LlamaConfig, RopeScaling
+from llama_tut.config import LlamaConfig, RopeScaling
+from llama_tut.tools.files import InputError
 from llama_tut.trainer import (
     PRESETS,
     TrainConfig,

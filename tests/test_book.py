@@ -214,9 +214,9 @@ def test_names_in_the_text_lead_to_their_entries(html):
             assert link in modules.anchors
             assert link.endswith("." + name), (path.name, link, name)
             found.setdefault(path.stem, set()).add(name)
-    assert "find_pretrained" in found["01_config"]
+    assert "find_pretrained" in found["02_config"]
     assert "save_pretrained" in found["09_weights"]
-    assert "train_step" in found["16_trainer"]
+    assert "train_step" in found["15_trainer"]
 
 
 def test_each_entry_leads_to_the_section_that_builds_it(html, pages):
@@ -247,7 +247,7 @@ def test_each_entry_leads_to_the_section_that_builds_it(html, pages):
         ("`attention.LlamaAttention` too", "book/intro", True),
         ("transformers' `LlamaAttention`", "notebooks/05_attention", False),
         ("`LlamaAttention` of transformers", "notebooks/05_attention", False),
-        ("`no_such_name` and `config.json`", "notebooks/01_config", False),
+        ("`no_such_name` and `config.json`", "notebooks/02_config", False),
         ("two `forward` passes", "notebooks/05_attention", False),
     ],
 )
@@ -292,7 +292,7 @@ def test_without_an_address_there_is_no_launch_button(html):
 def test_search_knows_words_and_names(html):
     """The index that the search box reads, without a browser."""
     index = (html / "searchindex.js").read_text()
-    for name in ("score_items", "llama_tut.rmsnorm", "notebooks/13_optimizer"):
+    for name in ("score_items", "llama_tut.rmsnorm", "notebooks/14_optimizer"):
         assert name in index, name
     assert (html / "search.html").exists()
 

@@ -17,9 +17,10 @@ from llama_tut.checkpoint import (
     random_states,
     save_checkpoint,
 )
-from llama_tut.config import InputError, LlamaConfig
+from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM, initialize
 from llama_tut.optimizer import build_optimizer
+from llama_tut.tools.files import InputError
 
 TEXT = torch.randint(
     50, (40, 4, 9), generator=torch.Generator().manual_seed(0)

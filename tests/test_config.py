@@ -13,12 +13,9 @@ import pytest
 import transformers
 
 from llama_tut import config as module
-from llama_tut.config import (
-    InputError,
-    LlamaConfig,
-    RopeScaling,
-    find_pretrained,
-)
+from llama_tut.config import LlamaConfig, RopeScaling
+from llama_tut.tools.files import InputError
+from llama_tut.tools.pretrained import find_pretrained
 
 # Entries of the models' config.json on the Hugging Face hub, without the notes
 # that change nothing. The Llamas are as Meta published them for transformers 4.
@@ -147,7 +144,7 @@ def old_type(hf):
 
 
 def count(c):
-    """Numbers in a model, by the formula of chapter 1."""
+    """Numbers in a model, by the formula of chapter 2."""
     D, C = c.hidden_size, c.head_dim
     attention = 2 * D * C * (c.num_attention_heads + c.num_key_value_heads)
     block = attention + 3 * D * c.intermediate_size + 2 * D

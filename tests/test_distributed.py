@@ -1,4 +1,4 @@
-"""Chapter 14, on real processes: 1, 2 and 4 ranks, and ranks that are lost."""
+"""Chapter 16, on real processes: 1, 2 and 4 ranks, and ranks that are lost."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_tut.config import InputError
 from llama_tut.distributed import (
     choose_device,
     inner,
@@ -23,6 +22,7 @@ from llama_tut.distributed import (
     stop,
     wrap,
 )
+from llama_tut.tools.files import InputError
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="signals of Unix"
@@ -35,7 +35,8 @@ TRAIN = """
 import json, os, sys, time
 import torch
 from torch.nn import functional as F
-from llama_tut.config import InputError, LlamaConfig
+from llama_tut.config import LlamaConfig
+from llama_tut.tools.files import InputError
 from llama_tut.distributed import (
     any_rank, broadcast_object, inner, mean_over_ranks, micro_step_sync,
     parameter_hash, rehearse, shared_errors, start, stop, wait_for_all, wrap,

@@ -1,4 +1,4 @@
-"""Chapter 10: the cache, sampling and the loop."""
+"""Chapter 11: the cache, sampling and the loop."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama_tut import generate as generation
-from llama_tut.config import InputError, LlamaConfig
+from llama_tut.config import LlamaConfig
 from llama_tut.generate import (
     Bfloat16Linear,
     FastModel,
@@ -27,6 +27,7 @@ from llama_tut.generate import (
     to_levels,
 )
 from llama_tut.model import LlamaForCausalLM
+from llama_tut.tools.files import InputError
 
 
 def build(**changes):

@@ -11,7 +11,7 @@ import torch
 from training_setup import tiny_data
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llama_tut.config import InputError, LlamaConfig
+from llama_tut.config import LlamaConfig
 from llama_tut.gpt2 import (
     BESIDE,
     LADDER,
@@ -26,6 +26,7 @@ from llama_tut.gpt2 import (
     with_size,
 )
 from llama_tut.model import LlamaForCausalLM, flops_per_token
+from llama_tut.tools.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -1,4 +1,4 @@
-"""Chapter 2: reading, cutting, scoring and comparing."""
+"""Chapter 10: reading, cutting, scoring and comparing."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from transformers import (
     LlamaForCausalLM as TheirLlama,
 )
 
-from llama_tut.config import InputError, LlamaConfig, find_pretrained
+from llama_tut.config import LlamaConfig
 from llama_tut.generate import pack_weights
 from llama_tut.hellaswag import (
     Example,
@@ -41,6 +41,8 @@ from llama_tut.hellaswag import (
     write_predictions,
 )
 from llama_tut.model import LlamaForCausalLM
+from llama_tut.tools.files import InputError
+from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""The loader: every target once, whatever the number of ranks: chapter 12."""
+"""The loader: every target once, whatever the number of ranks: chapter 13."""
 
 import gzip
 import json
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from llama_tut.config import InputError
 from llama_tut.loader import ShardLoader, shuffled
-from llama_tut.tokens import DatasetInfo, digest, write_json, write_shard
+from llama_tut.tokens import DatasetInfo, write_shard
+from llama_tut.tools.files import InputError, digest, write_json
 
 
 def data_folder(folder, lengths, vocab_size=None):

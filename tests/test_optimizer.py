@@ -1,4 +1,4 @@
-"""Chapter 13: decay by name, Muon and its state, schedules."""
+"""Chapter 14: decay by name, Muon and its state, schedules."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from llama_tut.config import InputError, LlamaConfig
+from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import (
     Muon,
@@ -18,6 +18,7 @@ from llama_tut.optimizer import (
     newton_schulz,
     parameter_groups,
 )
+from llama_tut.tools.files import InputError
 
 
 def small_model(tied=True):

@@ -5,8 +5,9 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from llama_tut.config import InputError, LlamaConfig
+from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM, head_loss
+from llama_tut.tools.files import InputError
 
 BASE = {
     "vocab_size": 97,

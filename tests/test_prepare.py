@@ -16,8 +16,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llama_tut import tokens
-from llama_tut.config import InputError
 from llama_tut.loader import ShardLoader
+from llama_tut.tools.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare.py")]

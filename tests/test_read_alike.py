@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from llama_tut.config import find_pretrained
+from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent

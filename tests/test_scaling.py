@@ -1,4 +1,4 @@
-"""Chapter 18: the fits beyond the chapter's own checks, the planner, the grid."""
+"""Chapter 23: the fits beyond the chapter's own checks, the planner, the grid."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_tut.config import InputError
 from llama_tut.scaling import (
     BESIROGLU,
     Frontier,
@@ -24,6 +23,7 @@ from llama_tut.scaling import (
     power,
     predict_run,
 )
+from llama_tut.tools.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -1,4 +1,4 @@
-"""Tokenizers, corpora, shards and floors: chapter 11."""
+"""Tokenizers, corpora, shards and floors: chapter 12."""
 
 import collections
 import json
@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llama_tut import tokens
-from llama_tut.config import InputError
+from llama_tut.tools.files import InputError
 
 SAMPLES = (
     "two  spaces,   three\n\n\nand lines \t\n end ",

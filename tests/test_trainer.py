@@ -15,12 +15,13 @@ import torch
 from training_setup import OPTIONS, ROOT, losses, metrics, tiny_data
 
 from llama_tut import trainer
-from llama_tut.config import InputError, LlamaConfig
+from llama_tut.config import LlamaConfig
 from llama_tut.distributed import Ranks
 from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
 from llama_tut.tokens import load_dataset_info, prepare
+from llama_tut.tools.files import InputError
 from llama_tut.trainer import (
     PRESETS,
     TrainConfig,

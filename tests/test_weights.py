@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from llama_tut import weights
-from llama_tut.config import InputError, LlamaConfig, find_pretrained
+from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM, initialize
+from llama_tut.tools.files import InputError
+from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import (
     empty_model,
     load_pretrained,

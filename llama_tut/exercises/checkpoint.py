@@ -1,4 +1,4 @@
-"""Checkers of chapter 15."""
+"""Checkers of chapter 17."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Checkers of chapter 1."""
+"""Checkers of chapter 2."""
 
 import dataclasses
 import json

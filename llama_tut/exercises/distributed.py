@@ -1,4 +1,4 @@
-"""Checkers of chapter 14."""
+"""Checkers of chapter 16."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Checkers for chapter 17."""
+"""Checkers for chapter 22."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Checkers of chapter 2."""
+"""Checkers of chapter 10."""
 
 import torch
 

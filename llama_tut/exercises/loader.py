@@ -1,4 +1,4 @@
-"""Checkers of chapter 12."""
+"""Checkers of chapter 13."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Checkers of chapter 13."""
+"""Checkers of chapter 14."""
 
 import math
 

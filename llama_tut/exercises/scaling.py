@@ -1,4 +1,4 @@
-"""Checkers of chapter 18."""
+"""Checkers of chapter 23."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Checkers of chapter 11."""
+"""Checkers of chapter 12."""
 
 import math
 

