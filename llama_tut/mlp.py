@@ -27,6 +27,21 @@ class LlamaMLP(nn.Module):
         self.up_proj = nn.Linear(D, I, bias=False)
         self.down_proj = nn.Linear(I, D, bias=False)
 
+    def init_weights(self, std, output_std, generator=None):
+        """Draw the matrices from a normal distribution, in place.
+
+        Args:
+            std: standard deviation of gate_proj and up_proj.
+            output_std: that of down_proj, which writes to the stream.
+            generator: a `torch.Generator` on the weights' device, or None.
+        """
+        for layer, each in (
+            (self.gate_proj, std),
+            (self.up_proj, std),
+            (self.down_proj, output_std),
+        ):
+            nn.init.normal_(layer.weight, std=each, generator=generator)
+
     def forward(self, x):
         """x [B, T, D] -> [B, T, D]."""
         gate = F.silu(self.gate_proj(x))  # [B, T, I]

@@ -26,6 +26,10 @@ class LlamaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))  # [D]
         self.eps = eps
 
+    def init_weights(self, std=None, output_std=None, generator=None):
+        """Set the gain to 1; a norm draws nothing at random."""
+        nn.init.ones_(self.weight)
+
     def forward(self, x):
         """x [B, T, D] in any float dtype -> the same shape and dtype."""
         x32 = x.float()  # [B, T, D]

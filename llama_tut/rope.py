@@ -23,7 +23,7 @@ def inverse_frequencies(config, device=None):
     exponent = torch.arange(0, C, 2, device=device).float() / C  # [C/2]
     frequencies = 1.0 / config.rope_theta**exponent  # [C/2]
     if config.rope_scaling is not None:
-        frequencies = stretch(frequencies, config.rope_scaling)  # [C/2]
+        frequencies = scale_frequencies(frequencies, config.rope_scaling)
     return frequencies  # [C/2]
 
 
@@ -76,7 +76,7 @@ class LlamaRotaryEmbedding(nn.Module):
 # Llama 3.1: slower hands for a longer context
 
 
-def stretch(frequencies, scaling):
+def apply_llama3_scaling(frequencies, scaling):
     """Slow down the pairs that turn too rarely in the original context.
 
     Source: `_compute_llama3_parameters` of transformers, after Meta's Llama
@@ -92,3 +92,18 @@ def stretch(frequencies, scaling):
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # [C/2]
     slow = (1 - keep) * frequencies / scaling.factor  # [C/2]
     return slow + keep * frequencies  # [C/2]
+
+
+def scale_frequencies(frequencies, scaling):
+    """Slow the pairs down for a longer context, as the config asks.
+
+        Source: the types "llama3" and "linear" of transformers; linear, which
+    X    2306.15595).
+
+        Args:
+            frequencies: radians a token, [C/2].
+            scaling: a `RopeScaling`.
+    """
+    if getattr(scaling, "rope_type", "llama3") == "linear":
+        return frequencies / scaling.factor  # [C/2]
+    return apply_llama3_scaling(frequencies, scaling)  # [C/2]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from llama_tut.tools.devices import PEAKS
 from llama_tut.tools.files import InputError
-from llama_tut.trainer import PEAKS
 
 # By hand: where to spend it
 

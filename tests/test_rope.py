@@ -1,5 +1,7 @@
 """RoPE where chapter 4 does not look: casts, devices, compile, 2-D positions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig as TheirConfig
@@ -118,3 +120,36 @@ def test_frequencies_of_other_shapes(head_dim, scaling):
         LlamaConfig(head_dim=head_dim, rope_theta=5e5, rope_scaling=scaling)
     )
     assert torch.equal(ours, theirs.inv_freq)
+
+
+@pytest.mark.parametrize("factor", [2.0, 4.0, 16.0])
+def test_linear_scaling_is_that_of_transformers(factor):
+    """deepseek-coder and vicuna-16k divide every position by a factor."""
+    scaling = SimpleNamespace(rope_type="linear", factor=factor)
+    config = SimpleNamespace(
+        head_dim=128, rope_theta=1e5, rope_scaling=scaling
+    )
+    theirs = modeling_llama.LlamaRotaryEmbedding(
+        TheirConfig(
+            head_dim=128,
+            rope_parameters={
+                "rope_type": "linear",
+                "rope_theta": 1e5,
+                "factor": factor,
+            },
+        )
+    )
+    assert torch.equal(inverse_frequencies(config), theirs.inv_freq)
+    ours = LlamaRotaryEmbedding(config)(POSITIONS)
+    for table, other in zip(
+        ours, theirs(torch.empty(1), POSITIONS[None]), strict=True
+    ):
+        assert torch.equal(table, other[0, :, :64])
+    # Positions a factor apart meet the angles of the model before it.
+    plain = SimpleNamespace(head_dim=128, rope_theta=1e5, rope_scaling=None)
+    torch.testing.assert_close(
+        LlamaRotaryEmbedding(config)(POSITIONS * int(factor)),
+        LlamaRotaryEmbedding(plain)(POSITIONS),
+        rtol=0,
+        atol=2e-2,
+    )

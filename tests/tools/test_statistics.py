@@ -1,0 +1,50 @@
+"""Intervals: by hand, and how often they hold the truth."""
+
+import numpy as np
+import pytest
+
+from llama_tut.tools.statistics import (
+    paired_interval,
+    t_interval,
+    unpaired_interval,
+)
+
+
+def test_three_numbers_by_hand():
+    """0.5, 0.2, 0.3: mean 1/3, variance 0.07/3, t(2) is 4.3027."""
+    mean, half = t_interval([0.5, 0.2, 0.3])
+    assert mean == pytest.approx(1 / 3)
+    assert half == pytest.approx(4.3027 * (0.07 / 9) ** 0.5, rel=1e-4)
+
+
+def test_pairs_are_differences():
+    first, second = [1.0, 2.0, 4.0], [0.5, 1.8, 3.7]
+    found = paired_interval(first, second)
+    assert found == pytest.approx(t_interval([0.5, 0.2, 0.3]))
+
+
+def test_equal_groups_by_hand():
+    """Two groups of 3 with variance 1: error sqrt(2/3), t(4) is 2.7764."""
+    gap, half = unpaired_interval([1.0, 2, 3], [4.0, 5, 6])
+    assert gap == pytest.approx(-3)
+    assert half == pytest.approx(2.7764 * (2 / 3) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 5)])
+def test_intervals_hold_the_truth_as_often_as_they_say(sizes):
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        first, second = (random.normal(0, 1, n) for n in sizes)
+        gap, half = unpaired_interval(first + 0.3, second)
+        held += abs(gap - 0.3) < half
+    assert 0.93 < held / 2000 < 0.98
+
+
+def test_pairing_by_noise_alone_widens_the_interval():
+    """Uncorrelated pairs: fewer degrees of freedom, a wider interval."""
+    random = np.random.default_rng(1)
+    draws = [random.normal(0, 1, (2, 3)) for _ in range(500)]
+    paired = np.mean([paired_interval(*d)[1] for d in draws])
+    unpaired = np.mean([unpaired_interval(*d)[1] for d in draws])
+    assert paired > 1.2 * unpaired
