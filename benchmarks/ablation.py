@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from llama_tut.gpt2 import BESIDE, LADDER, TWIN, build_rung
 from llama_tut.loader import ShardLoader
-from llama_tut.tokens import load_dataset_info
+from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.trainer import configure, read_choices
 
 TUNING, SEEDS, MORE = (0, 4), (1, 2, 3), (5, 6)

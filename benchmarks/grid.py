@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from llama_tut.tokens import load_dataset_info
 from llama_tut.tools.files import InputError, write_json
+from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.trainer import build_llama, configure, read_metrics, train
 
 # Options and one-line errors as in the other scripts.

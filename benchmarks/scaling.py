@@ -35,8 +35,8 @@ from llama_tut.scaling import (
     predict_run,
     redraw,
 )
-from llama_tut.tokens import load_dataset_info
 from llama_tut.tools.files import InputError
+from llama_tut.tools.prepare import load_dataset_info
 
 T, TOKENS_A_STEP = 128, 512
 LAYERS_AND_HEADS = {

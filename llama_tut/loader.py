@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llama_tut.tokens import load_dataset_info, open_shard
 from llama_tut.tools.files import InputError, digest
+from llama_tut.tools.prepare import load_dataset_info
+from llama_tut.tools.shards import open_shard
 
 # An order that can be indexed
 
@@ -142,7 +143,7 @@ class ShardLoader:
         InputError: as `open_shards`; or fewer than W * B rows.
     """
 
-    folder: Path  #: made by `llama_tut.tokens.prepare`
+    folder: Path  #: made by `llama_tut.tools.prepare.prepare`
     split: str  #: "train" or "val"
     batch_size: int  #: B of a batch
     sequence_length: int  #: T of a batch

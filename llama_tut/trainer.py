@@ -58,13 +58,10 @@ from llama_tut.optimizer import (
     clip_gradients,
     learning_rate_at,
 )
-from llama_tut.tokens import (
-    DatasetInfo,
-    first_tokens,
-    load_dataset_info,
-    read_tokenizer,
-)
 from llama_tut.tools.files import InputError, write_json
+from llama_tut.tools.prepare import DatasetInfo, load_dataset_info
+from llama_tut.tools.shards import first_tokens
+from llama_tut.tools.tokenizers import read_tokenizer
 from llama_tut.weights import save_pretrained
 
 # Options: one place

@@ -8,8 +8,8 @@ import time
 
 from cli import Parser, run
 
-from llama_tut.tokens import prepare
 from llama_tut.tools.files import InputError
+from llama_tut.tools.prepare import prepare
 
 
 def parse():

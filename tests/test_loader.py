@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from llama_tut.loader import ShardLoader, shuffled
-from llama_tut.tokens import DatasetInfo, write_shard
 from llama_tut.tools.files import InputError, digest, write_json
+from llama_tut.tools.prepare import DatasetInfo
+from llama_tut.tools.shards import write_shard
 
 
 def data_folder(folder, lengths, vocab_size=None):

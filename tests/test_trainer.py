@@ -20,8 +20,8 @@ from llama_tut.distributed import Ranks
 from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
-from llama_tut.tokens import load_dataset_info, prepare
 from llama_tut.tools.files import InputError
+from llama_tut.tools.prepare import load_dataset_info, prepare
 from llama_tut.trainer import (
     PRESETS,
     TrainConfig,
@@ -212,7 +212,7 @@ def test_a_run_leaves_what_it_promises(config):
 def test_transformers_loads_the_model(config, data):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llama_tut.tokens import read_tokenizer
+    from llama_tut.tools.tokenizers import read_tokenizer
     from llama_tut.weights import load_pretrained
 
     train(replace(config, steps=2, samples=0))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llama_tut.tokens import prepare
+from llama_tut.tools.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {

@@ -15,11 +15,12 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from llama_tut import tokens
 from llama_tut.loader import ShardLoader
+from llama_tut.tools import corpora, files, shards, tokenizers
+from llama_tut.tools import prepare as tool
 from llama_tut.tools.files import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare.py")]
 
 
@@ -83,11 +84,11 @@ def contents(folder):
 
 def read_back(folder):
     """{split: documents} that the shards hold."""
-    info = tokens.load_dataset_info(folder)
+    info = tool.load_dataset_info(folder)
     auto = AutoTokenizer.from_pretrained(folder / "tokenizer")
     found = {}
     for split in ("train", "val"):
-        ids = tokens.first_tokens(folder, split)
+        ids = shards.first_tokens(folder, split)
         assert ids[0] == info.end_of_text
         parts = np.split(ids, np.flatnonzero(ids == info.end_of_text))[1:]
         found[split] = [auto.decode(part[1:]) for part in parts]
@@ -106,10 +107,10 @@ def test_no_token_is_lost(corpus, tmp_path, prepare):
     found = read_back(out)
     assert sorted(found["train"] + found["val"]) == sorted(documents(400))
     assert len(found["val"]) > 5
-    info = tokens.load_dataset_info(out)
-    shards = sorted(out.glob("train_*.bin"))
-    headers = [tokens.read_header(path) for path in shards]
-    assert len(shards) == info.train_shards > 3
+    info = tool.load_dataset_info(out)
+    paths = sorted(out.glob("train_*.bin"))
+    headers = [shards.read_header(path) for path in paths]
+    assert len(paths) == info.train_shards > 3
     assert {header.count for header in headers[:-1]} == {5000}
     assert sum(h.count for h in headers) == info.train_tokens
     assert sum(h.bytes for h in headers) == info.train_bytes
@@ -123,26 +124,26 @@ def test_processes_do_not_change_a_byte(corpus, tmp_path):
     options = dict(vocab_size=300, shard_tokens=5000)
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        tokens.prepare([corpus], out, processes, **options)
+        tool.prepare([corpus], out, processes, **options)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     before = (tmp_path / "1" / "dataset.json").stat().st_mtime_ns
-    tokens.prepare([corpus], tmp_path / "1", 1, **options)
+    tool.prepare([corpus], tmp_path / "1", 1, **options)
     assert (tmp_path / "1" / "dataset.json").stat().st_mtime_ns == before
 
 
 def test_two_parts_and_a_stop_anywhere(tmp_path, monkeypatch):
     """Stop before each write in turn; the next call must end the same."""
-    files = []
+    paths = []
     for part in range(2):
-        files.append(tmp_path / f"{part}.jsonl")
+        paths.append(tmp_path / f"{part}.jsonl")
         rows = (json.dumps({"text": t}) for t in documents(120, part))
-        files[-1].write_text("\n".join(rows))
-    monkeypatch.setattr(tokens, "GROUP", 2000)
+        paths[-1].write_text("\n".join(rows))
+    monkeypatch.setattr(tool, "GROUP", 2000)
     options = dict(vocab_size=300, shard_tokens=1500)
-    tokens.prepare(files, tmp_path / "whole", 1, **options)
+    tool.prepare(paths, tmp_path / "whole", 1, **options)
     whole = contents(tmp_path / "whole")
     assert len(whole) > 8
-    write, left = tokens.write_atomic, []
+    write, left = shards.write_atomic, []
 
     def limited(*args):
         if not left:
@@ -150,20 +151,21 @@ def test_two_parts_and_a_stop_anywhere(tmp_path, monkeypatch):
         left.pop()
         write(*args)
 
-    monkeypatch.setattr(tokens, "write_atomic", limited)
+    for module in (files, shards, tokenizers, tool):
+        monkeypatch.setattr(module, "write_atomic", limited)
     stops = 0
     for allowed in range(0, 100, 4):
         left[:] = [None] * allowed
         out = tmp_path / f"stop{allowed}"
         try:
-            tokens.prepare(files, out, 1, **options)
+            tool.prepare(paths, out, 1, **options)
             assert contents(out) == whole
             break
         except KeyboardInterrupt:
             stops += 1
             assert not out.exists()
         left[:] = [None] * 1000
-        tokens.prepare(files, out, 1, **options)
+        tool.prepare(paths, out, 1, **options)
         assert contents(out) == whole, allowed
     assert stops > 5
 
@@ -194,7 +196,7 @@ def test_kill_9_and_go_on(corpus, tmp_path):
 
 def test_max_tokens_stops_behind_a_document(corpus, tmp_path):
     options = dict(vocab_size=300, max_tokens=9000)
-    info = tokens.prepare([corpus], tmp_path / "data", 1, **options)
+    info = tool.prepare([corpus], tmp_path / "data", 1, **options)
     total = info.train_tokens + info.val_tokens
     assert 9000 <= total < 9400
     assert info.train_documents + info.val_documents < 400
@@ -214,11 +216,11 @@ def test_one_text_file(tmp_path, prepare):
 
 def test_a_folder_as_tokenizer(corpus, tmp_path, prepare):
     own = tmp_path / "tokenizer"
-    tokens.save_tokenizer(tokens.train_bpe(documents(50), 320), own)
+    tokenizers.save_tokenizer(tokenizers.train_bpe(documents(50), 320), own)
     options = ("--corpus", corpus, "--tokenizer", own)
     out = tmp_path / "data"
     assert prepare(*options, "--vocab-size", 384, "--out", out)[0] == 0
-    info = tokens.load_dataset_info(out)
+    info = tool.load_dataset_info(out)
     assert info.vocab_size == 384
     assert contents(out / "tokenizer") == contents(own)
     result = prepare(*options, "--vocab-size", 319, "--out", tmp_path / "b")
@@ -233,7 +235,7 @@ def test_a_folder_as_tokenizer(corpus, tmp_path, prepare):
 def test_gpt2(corpus, tmp_path, prepare):
     options = ("--corpus", corpus, "--tokenizer", "gpt2")
     assert prepare(*options, "--out", tmp_path / "data")[0] == 0
-    info = tokens.load_dataset_info(tmp_path / "data")
+    info = tool.load_dataset_info(tmp_path / "data")
     assert (info.vocab_size, info.end_of_text) == (50257, 50256)
     found = read_back(tmp_path / "data")
     assert sorted(found["train"] + found["val"]) == sorted(documents(400))
@@ -247,23 +249,23 @@ def test_docs_from_a_few_modules(tmp_path, monkeypatch, prepare):
 
     def few_files():
         for name in names:
-            yield from tokens.python_files(root / name, name)
+            yield from corpora.python_files(root / name, name)
             if (path := root / f"{name}.py").exists():
                 yield f"{name}.py", path
 
-    monkeypatch.setattr(tokens, "docs_files", few_files)
+    monkeypatch.setattr(corpora, "docs_files", few_files)
     for out in ("a", "b"):
         options = ("--corpus", "docs", "--vocab-size", 400)
         assert prepare(*options, "--out", tmp_path / out)[0] == 0
-        monkeypatch.setattr(tokens, "build_docs", None)  # cached from now on
-        monkeypatch.setattr(tokens, "train_bpe", None)
+        monkeypatch.setattr(corpora, "build_docs", None)  # cached from now on
+        monkeypatch.setattr(tool, "train_bpe", None)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    info = tokens.load_dataset_info(tmp_path / "a")
-    assert set(info.versions) == {"python", *tokens.PACKAGES}
+    info = tool.load_dataset_info(tmp_path / "a")
+    assert set(info.versions) == {"python", *corpora.PACKAGES}
     found = read_back(tmp_path / "a")
     texts = found["train"] + found["val"]
     assert len(texts) == len(set(texts)) > 100
-    assert all(len(text) >= tokens.MIN_CHARACTERS for text in texts)
+    assert all(len(text) >= corpora.MIN_CHARACTERS for text in texts)
 
 
 def test_fineweb_edu_without_network(tmp_path, monkeypatch, prepare):
@@ -349,17 +351,17 @@ def test_unfinished_with_other_settings(corpus, tmp_path, monkeypatch):
 
     options = dict(vocab_size=300, shard_tokens=5000)
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "describe", stop)
+        patch.setattr(tool, "describe", stop)
         patch.setattr(Path, "unlink", lambda *a, **k: None)
         with pytest.raises(KeyboardInterrupt):
-            tokens.prepare([corpus], tmp_path / "data", 1, **options)
+            tool.prepare([corpus], tmp_path / "data", 1, **options)
     with pytest.raises(InputError, match="unfinished"):
-        tokens.prepare([corpus], tmp_path / "data", 1, vocab_size=310)
+        tool.prepare([corpus], tmp_path / "data", 1, vocab_size=310)
 
 
 def test_disk_full_then_go_on(corpus, tmp_path, monkeypatch):
     options = dict(vocab_size=300, shard_tokens=5000)
-    write, left = tokens.write_shard, [None] * 2
+    write, left = shards.write_shard, [None] * 2
 
     def full(*args):
         if not left:
@@ -368,12 +370,12 @@ def test_disk_full_then_go_on(corpus, tmp_path, monkeypatch):
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "write_shard", full)
+        patch.setattr(tool, "write_shard", full)
         with pytest.raises(InputError, match="disk is full.*again"):
-            tokens.prepare([corpus], tmp_path / "data", 1, **options)
+            tool.prepare([corpus], tmp_path / "data", 1, **options)
     assert [p.name for p in tmp_path.glob("data*")] == ["data.partial"]
-    tokens.prepare([corpus], tmp_path / "data", 1, **options)
-    tokens.prepare([corpus], tmp_path / "whole", 1, **options)
+    tool.prepare([corpus], tmp_path / "data", 1, **options)
+    tool.prepare([corpus], tmp_path / "whole", 1, **options)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
@@ -393,3 +395,13 @@ def test_a_real_limit_of_the_system(corpus, tmp_path):
     refused((result.returncode, result.stdout, result.stderr), "disk is full")
     assert not list(tmp_path.rglob("*.tmp"))
     assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_long_documents_are_cut_at_line_ends(monkeypatch):
+    monkeypatch.setattr(tool, "PIECE", 100)
+    text = "".join(f"a line with number {n}\n" for n in range(50)) + "x" * 300
+    pieces = list(tool.cut_pieces([lambda: [("train", text)]]))
+    assert "".join(p.text for p in pieces) == text
+    assert [p.starts for p in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert max(len(p.text) for p in pieces) <= 100
+    assert all(p.text.endswith("\n") for p in pieces[:10])

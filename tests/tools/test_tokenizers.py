@@ -1,0 +1,131 @@
+"""Tokenizers: trained, saved, read back, and GPT-2's."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from llama_tut.tools import prepare, tokenizers
+from llama_tut.tools.files import InputError
+
+SAMPLES = (
+    "two  spaces,   three\n\n\nand lines \t\n end ",
+    "don't we'll I'VE it's they'RE",
+    "🙂 👩‍👩‍👧 and 你好，世界。 Ünïcödé \u200b",
+    "x**2 + 3.14159 == 0x1F  # 100%",
+    "a\r\nb\x00c",
+)
+SPECIAL = "before <|endoftext|> after"
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """A trained tokenizer as a folder."""
+    folder = tmp_path_factory.mktemp("bpe")
+    text = (tokenizers.__doc__ + prepare.prepare.__doc__) * 3
+    tokenizers.save_tokenizer(tokenizers.train_bpe([text], 400), folder)
+    return folder
+
+
+def test_bpe_round_trip_and_ids_of_auto_tokenizer(bpe):
+    encode, auto = tokenizers.Encoder(bpe), AutoTokenizer.from_pretrained(bpe)
+    for sample in SAMPLES:
+        (ids,) = encode([sample])
+        assert ids.dtype == np.uint32
+        assert ids.tolist() == auto(sample).input_ids
+        assert auto.decode(ids) == sample
+    assert len(auto) == 400
+    assert auto.eos_token == auto.bos_token == tokenizers.END_OF_TEXT
+    assert auto.eos_token_id == 0
+
+
+def test_bpe_is_the_same_every_time(bpe):
+    text = (tokenizers.__doc__ + prepare.prepare.__doc__) * 3
+    again = tokenizers.train_bpe(iter([text]), 400)
+    assert again.to_str(True) == (bpe / "tokenizer.json").read_text()
+
+
+def test_special_token_in_a_document_stays_text(bpe):
+    (ids,) = tokenizers.Encoder(bpe)([SPECIAL])
+    assert 0 not in ids
+    assert tokenizers.read_tokenizer(bpe).decode(ids) == SPECIAL
+
+
+def test_merges_come_back_from_ranks(bpe):
+    model = json.loads((bpe / "tokenizer.json").read_text())["model"]
+    byte_of = {c: b for b, c in tokenizers.byte_characters().items()}
+    names = sorted(model["vocab"], key=model["vocab"].get)[1:]
+    ranks = {bytes(byte_of[c] for c in t): i for i, t in enumerate(names)}
+    rebuilt = json.loads(tokenizers.tokenizer_from_ranks(ranks).to_str())
+    assert rebuilt["model"]["merges"] == model["merges"]
+
+
+needs_gpt2 = pytest.mark.skipif(
+    "TIKTOKEN_CACHE_DIR" not in os.environ,
+    reason="GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR",
+)
+
+
+@needs_gpt2
+def test_gpt2_ids_equal_tiktokens(tmp_path):
+    gpt2 = tokenizers.load_tiktoken()
+    folder = tmp_path / "gpt2"
+    ranks = gpt2._mergeable_ranks
+    tokenizers.save_tokenizer(tokenizers.tokenizer_from_ranks(ranks), folder)
+    fast, slow = tokenizers.Encoder(folder, "gpt2"), tokenizers.Encoder(folder)
+    auto = AutoTokenizer.from_pretrained(folder)
+    for sample in (*SAMPLES, SPECIAL, prepare.prepare.__doc__):
+        ids = gpt2.encode_ordinary(sample)
+        assert fast([sample])[0].tolist() == ids
+        assert slow([sample])[0].tolist() == ids
+        if sample != SPECIAL:
+            assert auto(sample).input_ids == ids
+    assert auto.eos_token_id == gpt2.eot_token == 50256
+    reader = tokenizers.read_tokenizer(folder)
+    assert tokenizers.separator_id(folder, reader) == 50256
+
+
+def test_no_gpt2_and_no_network(monkeypatch):
+    def fail(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", fail)
+    with pytest.raises(InputError, match="TIKTOKEN_CACHE_DIR"):
+        tokenizers.load_tiktoken()
+
+
+@pytest.mark.parametrize(
+    "special, config, expected",
+    [
+        (["<|im_start|>", "<|endoftext|>"], {"bos_token": "<|im_start|>"}, 1),
+        (["<|begin_of_text|>", "<|end_of_text|>"], {}, 0),
+        (["<s>", "</s>"], {"bos_token": {"content": "<s>"}}, 0),
+        (["<s>", "</s>"], {"bos_token": None, "eos_token": "</s>"}, 1),
+    ],
+)
+def test_separator_of_other_tokenizers(tmp_path, special, config, expected):
+    core = tokenizers.byte_level(tokenizers.models.BPE())
+    core.add_special_tokens(special)
+    (tmp_path / "tokenizer.json").write_text(core.to_str())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    reader = tokenizers.read_tokenizer(tmp_path)
+    assert tokenizers.separator_id(tmp_path, reader) == expected
+
+
+def test_a_tokenizer_without_separator_is_refused(tmp_path):
+    core = tokenizers.byte_level(tokenizers.models.BPE())
+    (tmp_path / "tokenizer.json").write_text(core.to_str())
+    with pytest.raises(InputError, match="no end-of-text"):
+        tokenizers.separator_id(tmp_path, tokenizers.read_tokenizer(tmp_path))
+
+
+def test_tokenizer_folder_is_refused_when_unreadable(tmp_path):
+    with pytest.raises(InputError, match="neither bpe nor gpt2"):
+        tokenizers.read_tokenizer(tmp_path / "gtp2")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="not a tokenizer"):
+        tokenizers.read_tokenizer(tmp_path)
+    shutil.rmtree(tmp_path)
