@@ -4,8 +4,8 @@ PY := .venv/bin/python
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test book export execute exercises address check bench \
-  ablation scaling results clean
+.PHONY: help train test quick book export execute times exercises mutants \
+  address check bench ablation scaling results clean
 
 help: ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ train: .venv ## prepare text, pretrain a small LLaMA on two ranks, show what it 
 test: .venv ## every test, and every notebook run and compared with its committed outputs
 	@$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 -n $(JOBS) --dist loadscope
 
+quick: .venv ## what a contributor needs while working, in under two minutes
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) scripts/export.py --check
+	@$(PY) -m pytest -n $(JOBS) --dist loadscope -m "not slow" tests
+
 book: .venv ## render the book to book/_build/html (warnings are errors)
 	@.venv/bin/jupyter-book build . --toc book/_toc.yml --config _config.yml --path-output book -W --keep-going
 	@echo open book/_build/html/index.html
@@ -34,6 +38,12 @@ export: .venv ## write llama_tut/*.py from the notebooks
 
 execute: .venv ## format and run every notebook in place (NB=notebooks/03_rmsnorm.ipynb: one)
 	@$(PY) scripts/execute.py $(or $(NB),$(wildcard notebooks/*.ipynb book/*.ipynb))
+
+times: .venv ## run every notebook on a quiet machine and record its seconds
+	@$(PY) scripts/execute.py --times $(or $(NB),$(wildcard notebooks/*.ipynb))
+
+mutants: .venv ## plant known faults in a copy, one by one; each must be caught
+	@$(PY) scripts/mutants.py
 
 exercises: .venv ## list the exercises; each checker must pass the solution and catch wrong answers
 	@$(PY) scripts/exercises.py

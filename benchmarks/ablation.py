@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from grid import Job, cli, run_grid
-from machine import write_result
 from safetensors.torch import load_file
 
 from llama_tut.gpt2 import BESIDE, LADDER, TWIN, build_rung
 from llama_tut.loader import ShardLoader
+from llama_tut.tools.machine import write_result
 from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.trainer import configure, read_choices
 

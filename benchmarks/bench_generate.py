@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from machine import write_result
 from read_alike import convert_to_gguf, llama_cpp_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,6 +33,7 @@ from llama_tut.generate import (
     speculate,
 )
 from llama_tut.hellaswag import read_examples
+from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained
 

@@ -72,7 +72,7 @@ def main():
     if args.contender:
         measure(args.contender, args.dtype, args.rows)
         return
-    from machine import write_result
+    from llama_tut.tools.machine import write_result
 
     results = {}
     for dtype in ("float32", "bfloat16"):

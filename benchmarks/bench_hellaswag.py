@@ -16,7 +16,6 @@ import statistics
 import time
 
 import torch
-from machine import write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_tut.generate import pack_weights
@@ -27,6 +26,7 @@ from llama_tut.hellaswag import (
     read_examples,
     score_items,
 )
+from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained
 

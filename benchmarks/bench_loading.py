@@ -14,8 +14,7 @@ import statistics
 import subprocess
 import sys
 
-from machine import write_result
-
+from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 
 CHILD = """

@@ -16,11 +16,11 @@ import time
 
 import torch
 import transformers
-from machine import write_result
 
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import clip_gradients
+from llama_tut.tools.machine import write_result
 
 B, T = 16, 256
 CONFIG = LlamaConfig(

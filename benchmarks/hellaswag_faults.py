@@ -11,7 +11,6 @@ import hashlib
 import time
 
 import torch
-from machine import write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_tut.hellaswag import (
@@ -21,6 +20,7 @@ from llama_tut.hellaswag import (
     read_examples,
     score_items,
 )
+from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 
 

@@ -16,14 +16,13 @@ they say as hellaswag_val.json.
 import argparse
 from pathlib import Path
 
-from machine import RESULTS, write_result
-
 from llama_tut.hellaswag import (
     accuracy,
     mcnemar,
     read_predictions,
     write_predictions,
 )
+from llama_tut.tools.machine import RESULTS, write_result
 
 KINDS = ("sum", "char", "token")
 

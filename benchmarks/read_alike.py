@@ -22,11 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from machine import write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_tut.generate import generate
 from llama_tut.hellaswag import read_examples
+from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained, save_pretrained
 

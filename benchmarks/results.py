@@ -11,10 +11,10 @@ import json
 
 import numpy as np
 from grid import cli
-from machine import RESULTS
 
 from llama_tut.gpt2 import LADDER, TWIN, paired_difference
 from llama_tut.tools.files import InputError
+from llama_tut.tools.machine import RESULTS
 
 
 def read(name):

@@ -20,7 +20,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-import machine
 import torch
 from grid import Job, cli, run_grid
 
@@ -35,6 +34,7 @@ from llama_tut.scaling import (
     predict_run,
     redraw,
 )
+from llama_tut.tools import machine
 from llama_tut.tools.files import InputError
 from llama_tut.tools.prepare import load_dataset_info
 

@@ -18,9 +18,9 @@ STYLE = """
 .map .key { font-size: 12px; text-anchor: start; }
 .map rect { fill: none; stroke-width: 2; }
 .map .plain { stroke: none; fill: rgba(128, 128, 128, 0.18); }
-.map .target { stroke: #d55e00; } .map .build { stroke: #3391d6; }
+.map .start { stroke: #d55e00; } .map .build { stroke: #3391d6; }
 .map .prove { stroke: #009e73; } .map .pretrain { stroke: #cc79a7; }
-.map .measure { stroke: #e69f00; }
+.map .measure { stroke: #e69f00; } .map .fast { stroke: #7570b3; }
 .map path { fill: none; stroke: rgb(128, 128, 128); stroke-width: 1.5;
   marker-end: url(#tip); }
 .map a { text-decoration: none; }
@@ -29,59 +29,61 @@ STYLE = """
 
 # x, y, width of a box, its part, its notebook and its words.
 CHAPTERS = [
-    (10, 66, 84, "pretrain", "12_tokens", "11 Tokens"),
-    (106, 66, 84, "pretrain", "13_loader", "12 Loader"),
-    (210, 66, 84, "target", "02_config", "1 Config"),
-    (306, 66, 84, "prove", "09_weights", "9 Weights"),
-    (36, 194, 96, "build", "03_rmsnorm", "3 RMSNorm"),
-    (152, 194, 96, "build", "05_attention", "5 Attention"),
-    (268, 194, 96, "build", "06_mlp", "6 MLP"),
-    (152, 244, 96, "build", "04_rope", "4 RoPE"),
-    (22, 368, 112, "pretrain", "14_optimizer", "13 Optimizer"),
-    (144, 368, 112, "pretrain", "16_distributed", "14 Ranks"),
-    (266, 368, 112, "pretrain", "17_checkpoint", "15 Checkpoint"),
-    (10, 514, 90, "prove", "11_generate", "10 Generate"),
-    (110, 514, 90, "target", "10_hellaswag", "2 HellaSwag"),
-    (210, 514, 84, "measure", "22_gpt2", "17 GPT-2"),
-    (304, 514, 86, "measure", "23_scaling", "18 Scaling"),
+    (10, 10, 180, "start", "01_tiny", "1 The whole thing, small"),
+    (210, 10, 180, "start", "02_config", "2 Target"),
+    (10, 106, 84, "pretrain", "12_tokens", "12 Tokens"),
+    (106, 106, 84, "pretrain", "13_loader", "13 Loader"),
+    (258, 106, 84, "prove", "09_weights", "9 Weights"),
+    (36, 234, 96, "build", "03_rmsnorm", "3 RMSNorm"),
+    (152, 234, 96, "build", "05_attention", "5 Attention"),
+    (268, 234, 96, "build", "06_mlp", "6 MLP"),
+    (152, 284, 96, "build", "04_rope", "4 RoPE"),
+    (22, 440, 112, "pretrain", "14_optimizer", "14 Optimizer"),
+    (144, 440, 112, "pretrain", "16_distributed", "16 Ranks"),
+    (266, 440, 112, "pretrain", "17_checkpoint", "17 Checkpoint"),
+    (22, 480, 356, "fast", "19_fast_training", "19 Fast training"),
+    (10, 584, 180, "prove", "10_hellaswag", "10 HellaSwag"),
+    (210, 584, 180, "prove", "11_generate", "11 Generation"),
+    (10, 624, 180, "fast", "20_fast_scoring", "20 Fast scoring"),
+    (210, 624, 180, "fast", "21_fast_generation", "21 Fast generation"),
+    (10, 672, 180, "measure", "22_gpt2", "22 GPT-2 to LLaMA"),
+    (210, 672, 180, "measure", "23_scaling", "23 Scaling"),
 ]
 # The same with a height: boxes around others, their words on top.
 AROUND = [
-    (10, 126, 380, 170, "build", "08_model", "8 Model"),
-    (24, 158, 352, 128, "build", "07_block", "7 Block, L times"),
-    (10, 336, 380, 74, "pretrain", "15_trainer", "16 Trainer"),
+    (10, 166, 380, 170, "build", "08_model", "8 Model"),
+    (24, 198, 352, 128, "build", "07_block", "7 Block, L times"),
+    (10, 376, 380, 146, "pretrain", "18_pretraining", "18 Pretraining"),
+    (22, 402, 356, 30, "pretrain", "15_trainer", "15 Trainer"),
 ]
 PLAIN = [
-    (10, 10, 180, "a text file"),
-    (210, 10, 180, "published weights"),
-    (110, 442, 180, "a trained model"),
+    (10, 56, 180, "a text file"),
+    (210, 56, 180, "published weights"),
+    (110, 544, 180, "a trained model"),
 ]
 ARROWS = [
-    "M52 40V64",  # text to tokens
-    "M94 81H104",
-    "M148 96V124",
-    "M252 40V64",  # weights to config
-    "M348 40V64",
-    "M252 96V124",
-    "M348 96V124",
-    "M132 209H150",  # norm to attention
-    "M248 209H266",
-    "M200 244V226",  # rotation to attention
-    "M100 296V334",  # loss and back
-    "M300 336V298",
-    "M200 410V440",
-    "M130 472L66 512",  # trained model to its uses
-    "M170 472L156 512",
-    "M230 472L244 512",  # many of them: what did a change buy?
-    "M270 472L334 512",
+    "M52 86V104",  # text to tokens
+    "M94 121H104",
+    "M148 136V164",
+    "M300 86V104",  # published weights
+    "M300 136V164",
+    "M132 249H150",  # norm to attention
+    "M248 249H266",
+    "M200 284V266",  # rotation to attention
+    "M100 336V374",  # loss and back
+    "M300 376V338",
+    "M200 522V542",
+    "M150 574L120 583",  # trained model to its uses
+    "M250 574L280 583",
 ]
-WORDS = [(120, 320, "loss"), (258, 320, "parameters")]
+WORDS = [(120, 360, "loss"), (258, 360, "parameters")]
 PARTS = [
-    (4, "target", "I Target"),
-    (76, "build", "II Build"),
-    (146, "prove", "III Prove"),
-    (222, "pretrain", "IV Pretrain"),
-    (314, "measure", "V Measure"),
+    (10, 716, "start", "I The whole thing, small"),
+    (210, 716, "build", "II Build"),
+    (300, 716, "prove", "III Prove"),
+    (10, 738, "pretrain", "IV Pretrain"),
+    (210, 738, "fast", "V Make it fast"),
+    (10, 760, "measure", "VI Measure"),
 ]
 
 
@@ -115,20 +117,22 @@ def drawing():
         lines.append(link(stem, inside + words(x + width / 2, y + 20, text)))
     lines += [f'<path d="{path}"/>' for path in ARROWS]
     lines += [words(*word, "small") for word in WORDS]
-    for x, part, text in PARTS:
-        lines.append(box(x, 566, 12, 12, part))
-        lines.append(words(x + 18, 577, text, "key"))
+    for x, y, part, text in PARTS:
+        lines.append(box(x, y, 12, 12, part))
+        lines.append(words(x + 18, y + 11, text, "key"))
     return "\n".join(lines)
 
 
 DESCRIPTION = (
-    "A text file becomes tokens (chapter 12) and rows (12). Config (1) and "
-    "weights (9) come from published models. Both enter the model (8), which "
-    "is a block (7), L times: RMSNorm (3), attention (5) with RoPE (4), MLP "
-    "(6). The trainer (16) takes the loss and gives back parameters, with "
-    "optimizer (13), ranks (14) and checkpoint (15). The trained model "
-    "generates (10) and is scored on HellaSwag (2). Many trained models are "
-    "compared: from GPT-2 to LLaMA (17), and by size (18)."
+    "The book begins with the whole thing, small (chapter 1), and with the "
+    "target (2). A text file becomes tokens (12) and rows (13), or published "
+    "weights are copied in (9). Both enter the model (8), which is a block "
+    "(7), L times: RMSNorm (3), attention (5) with RoPE (4), MLP (6). "
+    "Pretraining (18) is the trainer (15), which takes the loss and gives "
+    "back parameters, with optimizer (14), ranks (16) and checkpoints (17), "
+    "made fast in chapter 19. The trained model is scored on HellaSwag (10) "
+    "and generates (11), and both are made fast (20, 21). Many trained models "
+    "are compared: from GPT-2 to LLaMA (22), and by size (23)."
 )
 TIP = (
     '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" '
@@ -142,7 +146,7 @@ def svg():
     """The file's text."""
     head = (
         '<svg class="map" xmlns="http://www.w3.org/2000/svg" '
-        'viewBox="0 0 400 590" role="group" aria-label="Map of the book">'
+        'viewBox="0 0 400 780" role="group" aria-label="Map of the book">'
     )
     parts = [head, f"<desc>{DESCRIPTION}</desc>", f"<style>{STYLE}</style>"]
     return "\n".join([*parts, TIP, drawing(), "</svg>"]) + "\n"

@@ -1,6 +1,9 @@
 """Format, run and tidy notebooks in place, so that a second run gives the same bytes.
 
 python scripts/execute.py notebooks/03_rmsnorm.ipynb [...]
+python scripts/execute.py --times notebooks/*.ipynb
+    changes no notebook, and records its seconds in
+    benchmarks/results/notebook_times.json, which the README's table reads
 """
 
 import argparse
@@ -12,6 +15,9 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from llama_tut.tools.files import read_json
+from llama_tut.tools.machine import RESULTS, write_result
 
 QUIET = {
     "TQDM_DISABLE": "1",
@@ -65,11 +71,30 @@ def execute(path):
     return tidy(nb, path.stem)
 
 
+def record_times(paths):
+    """Run each notebook, and put its seconds into the committed table."""
+    file = RESULTS / "notebook_times.json"
+    seconds = read_json(file)["seconds"] if file.exists() else {}
+    for path in paths:
+        start = time.time()
+        execute(path.resolve())
+        seconds[path.stem] = round(time.time() - start, 1)
+        print(f"{path.stem}: {seconds[path.stem]} s", flush=True)
+    here = {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
+    seconds = {stem: seconds[stem] for stem in sorted(here & seconds.keys())}
+    write_result("notebook_times", {"seconds": seconds})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument(
+        "--times", action="store_true", help="only record how long each takes"
+    )
     args = parser.parse_args()
     os.environ.update(QUIET)
+    if args.times:
+        return record_times(args.notebooks)
     for path in args.notebooks:
         subprocess.run(
             [sys.executable, "-m", "ruff", "format", "--quiet", path],

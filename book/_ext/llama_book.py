@@ -15,12 +15,23 @@ from sphinx import addnodes
 MATHJAX = Path(mathjax.__file__).parent / "static" / "mathjax" / "es5"
 
 
-def label_exported_cells(app, doctree, docname):
-    """Over each cell tagged `export`, say which file it goes into, with a link."""
+def module_file(docname):
+    """Path in llama_tut of the module that a chapter builds, without `.py`.
+
+    `notebooks/05_attention` -> `attention`, `19_fast_training` ->
+    `fast/training`; None for other pages.
+    """
     folder, _, stem = docname.rpartition("/")
     if folder != "notebooks":
+        return None
+    return stem.split("_", 1)[1].replace("fast_", "fast/", 1)
+
+
+def label_exported_cells(app, doctree, docname):
+    """Over each cell tagged `export`, say which file it goes into, with a link."""
+    module = module_file(docname)
+    if module is None:
         return
-    module = stem.split("_", 1)[1]
     uri = app.builder.get_relative_uri(docname, f"_modules/llama_tut/{module}")
     for cell in list(doctree.findall(nodes.container)):
         if "tag_export" not in cell.get("classes", []):
@@ -52,8 +63,8 @@ def public_objects(env):
 
 def own_module(docname):
     """The module that a chapter builds; None for other pages."""
-    folder, _, stem = docname.rpartition("/")
-    return f"llama_tut.{stem[3:]}." if folder == "notebooks" else None
+    module = module_file(docname)
+    return f"llama_tut.{module.replace('/', '.')}." if module else None
 
 
 def find_object(literal, docname, objects):

@@ -1,6 +1,5 @@
-"""What every result file says beside its numbers: the machine and the versions."""
+"""Results: what every result file says beside its numbers, the machine and the versions."""
 
-import json
 import os
 import platform
 import re
@@ -9,7 +8,10 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from llama_tut.tools.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def processor():
@@ -50,6 +52,5 @@ def write_result(name, numbers):
     """Write benchmarks/results/NAME.json and say so."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    text = json.dumps({"machine": describe(), **numbers}, indent=1)
-    path.write_text(text + "\n")
+    write_json(path, {"machine": describe(), **numbers})
     print(f"wrote {path}")
