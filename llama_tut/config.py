@@ -7,9 +7,20 @@ K kv heads, C head_dim.
 
 import dataclasses
 
-from llama_tut.tools.files import require
+from llama_tut.tools.files import InputError, require
 
 # The sizes must fit
+
+
+def check_number(name, value, whole=False):
+    """Refuse what is not a number above 0; with `whole`, not an integer."""
+    kinds, limit = (int, 2**31) if whole else ((int, float), 1e30)
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not (number and 0 < value < limit):
+        kind = "whole number of at least 1" if whole else "number above 0"
+        kind += f" and below {limit:.0e}"
+        raise InputError(f"{name} must be a {kind}, not {value!r}")
+
 
 # The first five have no default in Hugging Face's files.
 SIZES = (
@@ -24,58 +35,29 @@ SIZES = (
 )
 
 
-def check_size(name, value):
-    """Refuse a size that is not a whole number of at least 1."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(
-        whole and value >= 1,
-        f"{name} must be a whole number of at least 1, not {value!r}",
-    )
-
-
-def check_positive(name, value):
-    """Refuse what is not a finite number above 0."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    require(
-        number and 0 < value < float("inf"),
-        f"{name} must be a number above 0, not {value!r}",
-    )
-
-
-def check_multiple(config, name, unit):
-    """Refuse a size that is not a multiple of another one."""
-    a, b = getattr(config, name), getattr(config, unit)
-    require(a % b == 0, f"{name} {a} is not a multiple of {unit} {b}")
-
-
-def resolve(config):
-    """Fill in what follows from other fields, in place."""
-
-    def fill(name, value):
-        if getattr(config, name) is None:
-            object.__setattr__(config, name, value)  # the class is frozen
-
-    check_size("num_attention_heads", config.num_attention_heads)
-    check_size("hidden_size", config.hidden_size)
-    check_multiple(config, "hidden_size", "num_attention_heads")
-    fill("num_key_value_heads", config.num_attention_heads)
-    fill("head_dim", config.hidden_size // config.num_attention_heads)
-    fill("initializer_range", 0.5 / config.hidden_size**0.5)
-    if isinstance(config.eos_token_id, list):
-        eos = tuple(config.eos_token_id)
-        object.__setattr__(config, "eos_token_id", eos)
-
-
-def check_config(config):
-    """Refuse, by name, a field that does not fit the others."""
+def check_config(c):
+    """Refuse, by name, a field of a complete LlamaConfig that does not fit."""
     for name in SIZES:
-        check_size(name, getattr(config, name))
-    check_multiple(config, "num_attention_heads", "num_key_value_heads")
-    C, tied = config.head_dim, config.tie_word_embeddings
-    require(C % 2 == 0, f"head_dim must be even, not {C}: RoPE turns pairs")
+        check_number(name, getattr(c, name), whole=True)
     for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-        check_positive(name, getattr(config, name))
-    require(tied in (True, False), f"tie_word_embeddings is {tied!r}")
+        check_number(name, getattr(c, name))
+    for name, unit in (
+        ("hidden_size", "num_attention_heads"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
+        a, b = getattr(c, name), getattr(c, unit)
+        require(a % b == 0, f"{name} {a} is not a multiple of {unit} {b}")
+    C, tied, eos = c.head_dim, c.tie_word_embeddings, c.eos_token_id
+    require(C % 2 == 0, f"head_dim must be even, not {C}: RoPE turns pairs")
+    rows = max(c.vocab_size, c.intermediate_size, c.num_attention_heads * C)
+    require(
+        rows * c.hidden_size < 2**50,
+        f"a matrix of {rows} x hidden_size {c.hidden_size} fits nowhere",
+    )
+    require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}")
+    for id in (c.bos_token_id, *(eos if isinstance(eos, tuple) else [eos])):
+        whole = isinstance(id, int) and not isinstance(id, bool)
+        require(id is None or whole, f"{id!r} is no id of a token")
 
 
 # The class
@@ -88,18 +70,24 @@ def option(default, help):
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How LLaMA 3.1 and later stretch their positions (rope type llama3)."""
+    """How a model stretches its positions to a longer context (chapter 4).
 
-    factor: float = option(8.0, "how many times slower the slow pairs turn")
+    Type llama3 needs all fields. Type linear divides every angle by `factor`.
+    """
+
+    factor: float = option(8.0, "how many times longer the context becomes")
     low_freq_factor: float = option(1.0, "pairs with fewer turns are slowed")
     high_freq_factor: float = option(4.0, "pairs with more turns are kept")
     original_max_position_embeddings: int = option(8192, "context before it")
+    rope_type: str = option("llama3", "llama3 or linear")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            check_positive(f"rope {field.name}", getattr(self, field.name))
+        kind, low = self.rope_type, self.low_freq_factor
+        require(kind in ("llama3", "linear"), f"rope type {kind!r}: not built")
+        for field in dataclasses.fields(self)[:4]:
+            check_number(f"rope {field.name}", getattr(self, field.name))
         require(self.factor >= 1, f"rope factor {self.factor} is below 1")
-        low, high = self.low_freq_factor, self.high_freq_factor
+        high = self.high_freq_factor
         require(low < high, f"rope low_freq_factor {low} is not below {high}")
 
 
@@ -121,14 +109,30 @@ class LlamaConfig:
     max_position_embeddings: int = option(2048, "longest context in tokens")
     rms_norm_eps: float = option(1e-5, "added to the mean square in a norm")
     rope_theta: float = option(10_000.0, "base of the position angles")
-    rope_scaling: RopeScaling | None = option(None, "llama3 stretching")
+    rope_scaling: RopeScaling | None = option(None, "stretched positions")
     tie_word_embeddings: bool = option(False, "head uses the embedding")
     initializer_range: float | None = option(None, "std (None: 0.5/sqrt(D))")
     bos_token_id: int | None = option(None, "id that starts a text")
     eos_token_id: int | tuple | None = option(None, "id or ids that end it")
 
     def __post_init__(self):
-        resolve(self)
+        D, H, eos = (
+            self.hidden_size,
+            self.num_attention_heads,
+            self.eos_token_id,
+        )
+        for name in ("hidden_size", "num_attention_heads"):
+            check_number(name, getattr(self, name), whole=True)
+        follow = {
+            "num_key_value_heads": H,
+            "head_dim": D // H,
+            "initializer_range": 0.5 / D**0.5,
+        }
+        changes = {k: v for k, v in follow.items() if getattr(self, k) is None}
+        if isinstance(eos, list):
+            changes["eos_token_id"] = tuple(eos)
+        for name, value in changes.items():
+            object.__setattr__(self, name, value)  # the class is frozen
         check_config(self)
 
     @classmethod
@@ -162,9 +166,9 @@ def refuse_unbuilt(hf):
     """Refuse, by name, an entry of config.json that is not built here."""
     for name, built in BUILT.items():
         value = hf.get(name, built)
-        if name == "quantization_config" and value is not None:
-            # transformers turns GGUF into plain floats, and leaves a note.
-            value = None if value.get("quant_method") == "gguf" else value
+        # transformers turns GGUF into plain floats, and leaves a note.
+        if isinstance(value, dict) and value.get("quant_method") == "gguf":
+            continue
         require(
             value is None or value == built,
             f"config has {name} = {value!r}; this book builds only {built!r}",
@@ -174,21 +178,26 @@ def refuse_unbuilt(hf):
 def read_rope(hf):
     """(rope_theta, RopeScaling or None) from either form of config.json."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", hf.get("rope_theta")) or 10_000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    by_layer = any(isinstance(value, dict) for value in rope.values())
-    require(
-        kind in ("default", "llama3") and not by_layer,
-        f"config has rope type {'by layer' if by_layer else repr(kind)}; "
-        "this book builds 'default' and 'llama3'",
-    )
+    require(isinstance(rope, dict), f"config has rope_scaling = {rope!r}")
     refuse_unbuilt(rope)
+    theta = rope.get("rope_theta", hf.get("rope_theta")) or 10_000.0
+    check_number("rope_theta", theta)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if any(isinstance(value, dict) for value in rope.values()):
+        kind = "by layer"
     if kind == "default":
         return float(theta), None
+    require(
+        kind in ("llama3", "linear"),
+        f"config has rope type {kind!r}; "
+        "this book builds 'default', 'llama3' and 'linear'",
+    )
     names = [field.name for field in dataclasses.fields(RopeScaling)]
+    names = names[:4] if kind == "llama3" else names[:1]
     missing = [name for name in names if name not in rope]
-    require(not missing, f"config's llama3 rope lacks {', '.join(missing)}")
-    return float(theta), RopeScaling(**{name: rope[name] for name in names})
+    require(not missing, f"config's {kind} rope lacks {', '.join(missing)}")
+    given = {name: rope[name] for name in names}
+    return float(theta), RopeScaling(**given, rope_type=kind)
 
 
 HF_DEFAULTS = {
@@ -201,15 +210,21 @@ HF_DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MISTRAL_DEFAULTS = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
 
 
 def read_hf(hf):
     """The fields of a LlamaConfig from the dictionary of a config.json."""
+    if hf.get("model_type") == "mistral":  # a LLaMA, unless it has a window
+        hf = MISTRAL_DEFAULTS | hf | {"model_type": "llama"}
     refuse_unbuilt(hf)
-    needed = SIZES[:5]
-    missing = [name for name in needed if name not in hf]
+    missing = [name for name in SIZES[:5] if name not in hf]
     require(not missing, f"config lacks {', '.join(missing)}")
-    fields = {name: hf[name] for name in needed}
+    fields = {name: hf[name] for name in SIZES[:5]}
     fields |= {name: hf.get(name, HF_DEFAULTS[name]) for name in HF_DEFAULTS}
     fields["rope_theta"], fields["rope_scaling"] = read_rope(hf)
     return fields
@@ -218,10 +233,11 @@ def read_hf(hf):
 def write_hf(config):
     """The dictionary of a config.json: our fields and what they imply."""
     hf = dataclasses.asdict(config)
-    if config.rope_scaling is not None:
-        hf["rope_scaling"] = {"rope_type": "llama3", **hf["rope_scaling"]}
-    if isinstance(config.eos_token_id, tuple):
-        hf["eos_token_id"] = list(config.eos_token_id)
+    rope, eos = hf["rope_scaling"], hf["eos_token_id"]
+    if rope and rope["rope_type"] == "linear":
+        hf["rope_scaling"] = {"rope_type": "linear", "factor": rope["factor"]}
+    if isinstance(eos, tuple):
+        hf["eos_token_id"] = list(eos)
     implied = ("model_type", "hidden_act", "attention_bias", "mlp_bias")
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -23,12 +23,12 @@ from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM, initialize
 from llama_tut.tools.files import InputError
 from llama_tut.tools.pretrained import find_pretrained
+from llama_tut.tools.safetensors_folder import INDEX, tensor_table
 from llama_tut.weights import (
     empty_model,
     load_pretrained,
     load_state,
     save_pretrained,
-    tensor_table,
 )
 
 SIZES = {
@@ -124,7 +124,7 @@ def test_a_folder_of_transformers_loads(form, shards, tmp_path):
     theirs = their_model(form)
     size = "60KB" if shards else "5GB"
     theirs.save_pretrained(tmp_path, max_shard_size=size)
-    assert (tmp_path / weights.INDEX).exists() == shards
+    assert (tmp_path / INDEX).exists() == shards
     ours = load_pretrained(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in ours.parameters())
@@ -260,11 +260,11 @@ DAMAGE = {
     ),
     "quantised": (
         lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)}),
-        f"{GATE} is stored as F8_E4M3",
+        f"{GATE} is stored as torch.float8_e4m3fn",
     ),
     "mixed": (
         lambda t: t.update({GATE: t[GATE].bfloat16()}),
-        "mixes BF16 and F32",
+        "mixes torch.bfloat16, torch.float32",
     ),
 }
 
@@ -351,12 +351,12 @@ def test_what_is_not_safetensors(tmp_path, content):
 def test_a_folder_without_weights_or_config(tmp_path):
     save_pretrained(our_model(), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "kept")
-    with pytest.raises(InputError, match="lacks model.safetensors"):
+    with pytest.raises(InputError, match="holds no model.safetensors"):
         load_pretrained(tmp_path / "m")
-    (tmp_path / "m" / weights.INDEX).write_text("{}")
+    (tmp_path / "m" / INDEX).write_text("{}")
     with pytest.raises(InputError, match="weight files"):
         load_pretrained(tmp_path / "m")
-    (tmp_path / "m" / weights.INDEX).unlink()
+    (tmp_path / "m" / INDEX).unlink()
     (tmp_path / "m" / "config.json").write_text("{")
     with pytest.raises(InputError, match="no readable JSON") as error:
         load_pretrained(tmp_path / "m")
@@ -554,7 +554,7 @@ def test_loading_shards_takes_no_more(tmp_path):
         transformers.LlamaConfig(**config.to_hf())
     ).bfloat16()
     theirs.save_pretrained(tmp_path, max_shard_size="40MB")
-    assert (tmp_path / weights.INDEX).exists()
+    assert (tmp_path / INDEX).exists()
     N = theirs.num_parameters()
     assert peak(tmp_path) < 1.1 * 2 * N + 8e6  # 8 MB: code paged in
 
