@@ -41,6 +41,9 @@ VARIANTS = {
     "large eps": {"rms_norm_eps": 1e-2},
     "other theta": {"rope_parameters": {**DEFAULT, "rope_theta": 1e6}},
     "llama3 rope": {"rope_parameters": LLAMA3},
+    "linear rope": {
+        "rope_parameters": {**DEFAULT, "rope_type": "linear", "factor": 4.0}
+    },
     "llama3 rope, tied, wide": {
         "rope_parameters": LLAMA3,
         "tie_word_embeddings": True,
@@ -190,13 +193,6 @@ def test_bfloat16(name):
         "mlp_bias": {"mlp_bias": True},
         "hidden_act": {"hidden_act": "gelu"},
         "attention_dropout": {"attention_dropout": 0.1},
-        "linear": {
-            "rope_parameters": {
-                **DEFAULT,
-                "rope_type": "linear",
-                "factor": 2.0,
-            }
-        },
         "dynamic": {
             "rope_parameters": {
                 **DEFAULT,
@@ -214,7 +210,7 @@ def test_what_we_do_not_build_is_refused_by_name(named, change):
         LlamaConfig.from_hf(their_config(**change))
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "gemma"])
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma", "phi3"])
 def test_other_models_are_refused(model_type):
     config = {**their_config().to_dict(), "model_type": model_type}
     with pytest.raises(InputError, match=model_type):
