@@ -14,11 +14,7 @@ from llama_tut.rmsnorm import LlamaRMSNorm
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Names and order of transformers' `LlamaDecoderLayer`; config:
-    `LlamaConfig`.
-    """
+    """Pre-norm block, as in transformers; config: `LlamaConfig`."""
 
     def __init__(self, config):
         super().__init__()
@@ -28,13 +24,15 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(D, eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, cos, sin, attention_mask=None, cache=None):
-        """x [B, T, D], cos and sin [T, C/2] -> [B, T, D].
+    def init_weights(self, std, output_std, generator=None):
+        """Draw all four parts; `output_std` is for what writes."""
+        for part in self.children():
+            part.init_weights(std, output_std, generator)
 
-        `attention_mask` and `cache` (this layer's) go to `LlamaAttention`.
-        """
-        how = cos, sin, attention_mask, cache
+    def forward(self, x, cos, sin, attention_mask=None, cache=None):
+        """x [B, T, D] -> [B, T, D]; the rest goes to `LlamaAttention`."""
         read = self.input_layernorm(x)  # [B, T, D]
-        x = x + self.self_attn(read, *how)  # [B, T, D]
+        y = self.self_attn(read, cos, sin, attention_mask, cache)  # [B, T, D]
+        x = x + y  # [B, T, D]
         read = self.post_attention_layernorm(x)  # [B, T, D]
         return x + self.mlp(read)  # [B, T, D]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llama_tut.config import option
-from llama_tut.model import LlamaForCausalLM, initialize
+from llama_tut.model import LlamaForCausalLM
 from llama_tut.rope import LlamaRotaryEmbedding
 from llama_tut.tools.files import InputError, require
 from llama_tut.trainer import check_choices, llama_config
@@ -112,6 +112,12 @@ class PlainMLP(nn.Module):
         self.up_proj = nn.Linear(D, I, bias=False)
         self.down_proj = nn.Linear(I, D, bias=False)
 
+    def init_weights(self, std, output_std, generator=None):
+        """Draw both matrices; `output_std` is for down_proj, which writes."""
+        draw = partial(nn.init.normal_, generator=generator)
+        draw(self.up_proj.weight, std=std)
+        draw(self.down_proj.weight, std=output_std)
+
     def forward(self, x):
         """x [B, T, D] -> [B, T, D]."""
         hidden = self.activation(self.up_proj(x))  # [B, T, I]
@@ -119,6 +125,14 @@ class PlainMLP(nn.Module):
 
 
 # Put together
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, with the method that `model.init_weights` calls."""
+
+    def init_weights(self, std=None, output_std=None, generator=None):
+        """Gain 1, bias 0; a norm draws nothing at random."""
+        self.reset_parameters()
 
 
 def swap_parts(model, config):
@@ -129,7 +143,7 @@ def swap_parts(model, config):
     if config.positions != "rotary":
         body.rotary_emb = NoRotation(config)
     if config.norm == "layer":
-        norm = partial(nn.LayerNorm, config.hidden_size, config.rms_norm_eps)
+        norm = partial(LayerNorm, config.hidden_size, config.rms_norm_eps)
         body.norm = norm()
         for layer in body.layers:
             layer.input_layernorm = norm()
@@ -140,7 +154,7 @@ def swap_parts(model, config):
         if config.bias:
             for module in layer.modules():
                 if isinstance(module, nn.Linear):
-                    bias = torch.empty(module.out_features)
+                    bias = torch.zeros(module.out_features)
                     module.bias = nn.Parameter(bias)
 
 
@@ -148,10 +162,10 @@ def build_ladder(config):
     """A model with random weights, as a `LadderConfig` names its parts."""
     model = LlamaForCausalLM(config)
     swap_parts(model, config)
-    initialize(model)
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(p)
+    model.init_weights()
+    if config.positions == "learned":
+        table = model.model.embed_tokens.positions
+        nn.init.normal_(table, std=config.initializer_range)
     return model
 
 

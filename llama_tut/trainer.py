@@ -52,7 +52,7 @@ from llama_tut.distributed import (
 from llama_tut.generate import generate
 from llama_tut.hellaswag import accuracy, read_examples, score
 from llama_tut.loader import ShardLoader
-from llama_tut.model import LlamaForCausalLM, flops_per_token, initialize
+from llama_tut.model import LlamaForCausalLM, flops_per_token
 from llama_tut.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -293,7 +293,7 @@ def llama_config(config, info):
 def build_llama(config, info):
     """A LLaMA with random weights for these options and this data."""
     model = LlamaForCausalLM(llama_config(config, info))
-    initialize(model)
+    model.init_weights()
     return model
 
 

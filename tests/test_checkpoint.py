@@ -18,7 +18,7 @@ from llama_tut.checkpoint import (
     save_checkpoint,
 )
 from llama_tut.config import LlamaConfig
-from llama_tut.model import LlamaForCausalLM, initialize
+from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
 from llama_tut.tools.files import InputError
 
@@ -32,7 +32,7 @@ def new(optimizer="adamw", **changes):
     model = LlamaForCausalLM(
         LlamaConfig(**{"vocab_size": 50, **SHAPE, **changes})
     )
-    initialize(model)
+    model.init_weights()
     return model, build_optimizer(model, optimizer, 1e-2)
 
 

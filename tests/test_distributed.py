@@ -41,7 +41,7 @@ from llama_tut.distributed import (
     any_rank, broadcast_object, inner, mean_over_ranks, micro_step_sync,
     parameter_hash, rehearse, shared_errors, start, stop, wait_for_all, wrap,
 )
-from llama_tut.model import LlamaForCausalLM, initialize
+from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
 
 late = float(os.environ.get("LATE", 0))
@@ -54,7 +54,7 @@ config = LlamaConfig(
     num_attention_heads=2, tie_word_embeddings=True,
 )
 model = LlamaForCausalLM(config)
-initialize(model)
+model.init_weights()
 model = wrap(model, ranks)
 optimizer = build_optimizer(inner(model), learning_rate=1e-3)
 W, B = ranks.world_size, 8

@@ -21,6 +21,7 @@ import torch
 
 from llama_tut import attention, block, mlp, model, rmsnorm, rope
 from llama_tut.config import LlamaConfig, RopeScaling
+from llama_tut.fast import training
 from llama_tut.model import LlamaForCausalLM
 
 MODULES = (rmsnorm, rope, attention, mlp, block, model)
@@ -242,16 +243,22 @@ def make_config(**changes):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles, and PyTorch's lazy imports done before the trace."""
-    monkeypatch.setattr(model, "tile_size", lambda *_: tuple(TILE.values()))
+    monkeypatch.setattr(training, "tile_size", lambda *_: tuple(TILE.values()))
     net = LlamaForCausalLM(make_config())
     ids = torch.zeros(1, 2, dtype=torch.long)
     net(ids, targets=ids).backward()
 
 
-def traced(run, own_first=False, **letters):
+def fast_model(**changes):
+    """Our model with both tricks of chapter 19 swapped in."""
+    net = LlamaForCausalLM(make_config(**changes))
+    return training.speed_up(net, device="cpu", dtype=torch.bfloat16)
+
+
+def traced(run, own_first=False, modules=MODULES, **letters):
     """Trace `run()`, raise what is wrong, return the tracer."""
     letters = LETTERS | TILE | letters
-    tracer = Tracer([m.__file__ for m in MODULES], letters, own_first)
+    tracer = Tracer([m.__file__ for m in modules], letters, own_first)
     with tracer:
         run()
     tracer.raise_errors()
@@ -290,11 +297,34 @@ def test_comments_of_a_training_step(tied):
         assert len(lines) >= 3, module.__name__
 
 
-def test_comments_of_a_long_text():
-    """78 tokens: attention works in blocks, each with a T and S of its own."""
+@pytest.mark.parametrize("tied", [False, True])
+def test_comments_of_a_fast_training_step(tied):
+    """Blocks of 32 of 78 queries, each with a T and S of its own; tiles."""
+    ids, targets = a_text(78)
+    net = fast_model(tie_word_embeddings=tied)
+    modules = (*MODULES, training)
+
+    def run():
+        net(ids)
+        net(ids, targets=targets).backward()
+
+    tracer = traced(run, own_first=True, modules=modules, T=78, S=78)
+    lines = {p for p in tracer.checked if p.startswith(training.__file__)}
+    assert len(lines) >= 20
+
+
+def test_comments_of_the_fast_versions_with_a_mask():
     ids, _ = a_text(78)
-    net = LlamaForCausalLM(make_config())
-    traced(lambda: net(ids), own_first=True, T=78, S=78)
+    mask = torch.ones(1, 1, 78, 78, dtype=torch.bool).tril()
+    net = fast_model()
+    modules = (*MODULES, training)
+    traced(
+        lambda: net(ids, attention_mask=mask),
+        own_first=True,
+        modules=modules,
+        T=78,
+        S=78,
+    )
 
 
 def test_comments_with_a_cache():

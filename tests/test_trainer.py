@@ -248,7 +248,7 @@ def crashing(passes):
 
     def build(config, info):
         model = Model(trainer.llama_config(config, info))
-        trainer.initialize(model)
+        model.init_weights()
         return model
 
     return build

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from llama_tut import weights
 from llama_tut.config import LlamaConfig
-from llama_tut.model import LlamaForCausalLM, initialize
+from llama_tut.model import LlamaForCausalLM
 from llama_tut.tools.files import InputError
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.tools.safetensors_folder import INDEX, tensor_table
@@ -96,7 +96,7 @@ def their_model(form):
 def our_model(**changes):
     """A small model of ours, with random weights."""
     model = LlamaForCausalLM(LlamaConfig(**SIZES, **changes))
-    initialize(model, torch.Generator().manual_seed(0))
+    model.init_weights(torch.Generator().manual_seed(0))
     return model
 
 

@@ -1,0 +1,279 @@
+# From notebooks/19_fast_training.ipynb by scripts/export.py: edit the notebook.
+"""Faster training: attention in blocks, and the head's loss in tiles.
+
+`speed_up` swaps both into a finished model from outside.
+
+Letters: B batch, T time of the queries, S time of the keys, D hidden_size,
+H heads, K kv heads, G = H/K heads of a group, C head_dim, V vocabulary;
+R rows and M words of one tile; `...` stands for any axes.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from llama_tut.attention import LlamaAttention, causal_mask
+
+# Fold: the heads of a group become rows
+
+
+def attend_block(q, k, v, mask=None):
+    """Attention as two matrix products for each group of heads.
+
+    Args:
+        q: queries over sqrt(C), [B, H, T, C]: the last T of S tokens.
+        k, v: keys and values, [B, K, S, C]; K divides H.
+        mask: bool, True = may read, [T, S] or [B, 1, T, S]; None: causal.
+
+    Returns:
+        [B, H, T, C]; a row that may read nothing is finite but has no meaning.
+    """
+    B, H, T, C = q.shape
+    K, S = k.shape[1:3]
+    G = H // K
+    rows = q.reshape(B, K, G * T, C)  # [B, K, G*T, C]
+    scores = rows @ k.mT  # [B, K, G*T, S]
+    if mask is None and T > 1:
+        mask = causal_mask(T, S, q.device)  # [T, S]
+    if mask is not None:
+        # Far below any score, but not -inf: a row of -inf would give NaN.
+        lowest = max(torch.finfo(scores.dtype).min / 2, -1e38)
+        bias = scores.new_zeros(mask.shape)  # [..., T, S]
+        bias = bias.masked_fill(~mask, lowest).unsqueeze(-3)  # [..., 1, T, S]
+        scores = scores.view(B, K, G, T, S) + bias  # [B, K, G, T, S]
+        scores = scores.view(B, K, G * T, S)  # [B, K, G*T, S]
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32)  # [B, K, G*T, S]
+    out = weights.to(v.dtype) @ v  # [B, K, G*T, C]
+    return out.view(B, H, T, C)  # [B, H, T, C]
+
+
+# Blocks: do not compute the future
+
+
+def blocked_attention(q, k, v, attention_mask=None):
+    """`attend` of chapter 5 by blocks of queries; keys are never repeated.
+
+    Args, result: as in `attend`. A causal block computes no score beyond its
+    own end; with a mask of the caller's, each block gets all keys.
+    """
+    B, H, T, C = q.shape
+    S = k.shape[2]
+    q = q * C**-0.5  # [B, H, T, C]
+    mask = attention_mask  # [..., T, S]
+    if mask is not None:
+        mask = mask.broadcast_to(B, 1, T, S)  # [B, 1, T, S]
+    size = max(32, -(-T // 8))  # queries of a block: at most 8 blocks
+    if T <= size:
+        return attend_block(q, k, v, mask)  # [B, H, T, C]
+    blocks = q.split(size, dim=2)
+    if mask is not None:
+        pairs = zip(blocks, mask.split(size, dim=2), strict=True)
+        outs = [attend_block(block, k, v, rows) for block, rows in pairs]
+        return torch.cat(outs, dim=2)  # [B, H, T, C]
+    # Cut the keys once and join what a block needs: the gradient of a slice
+    # k[:, :, :end] would be as long as k, and mostly zeros.
+    lengths = [block.shape[2] for block in blocks]
+    lengths[0] += S - T  # earlier tokens belong to the first piece
+    keys, values = k.split(lengths, dim=2), v.split(lengths, dim=2)
+    outs = []
+    for i, block in enumerate(blocks, start=1):
+        past = torch.cat(keys[:i], dim=2), torch.cat(values[:i], dim=2)
+        outs.append(attend_block(block, *past))
+    return torch.cat(outs, dim=2)  # [B, H, T, C]
+
+
+# Tiles of logits
+
+
+def tile_size(vocab_size, device):
+    """Rows R and words M of one tile of logits; all tiles are equally wide.
+
+    A tile is about 4 or 8 MiB on a CPU, near its cache, and up to 256 MiB on
+    a GPU, which needs large products.
+    """
+    if device.type == "cuda":
+        rows, most = 4096, 16_384
+    else:
+        rows, most = (512 if vocab_size <= 4096 else 256), 4096
+    tiles = -(-vocab_size // most)
+    return rows, -(-vocab_size // tiles)
+
+
+def tile_of_logits(h, w):
+    """h [R, D], w [M, D] -> the logits of these rows and words, float32."""
+    return (h @ w.T).float()  # [R, M]
+
+
+def find_normaliser(h, weight, tiles):
+    """First pass: log of the summed exponentials of each row.
+
+    Args:
+        h: [R, D]; weight: [V, D], in the same dtype.
+        tiles: slices that cut up the vocabulary.
+
+    Returns:
+        float32 [R, 1], and the logits of the last tile [R, M], for reuse.
+    """
+    normaliser = torch.full_like(h[:, :1], -torch.inf).float()  # [R, 1]
+    for words in tiles:
+        logits = None  # frees a tile before the next is made
+        logits = tile_of_logits(h, weight[words])  # [R, M]
+        part = logits.logsumexp(-1, keepdim=True)  # [R, 1]
+        normaliser = torch.logaddexp(normaliser, part)  # [R, 1]
+    return normaliser, logits  # [R, 1], [R, M]
+
+
+def to_gradient(logits, normaliser, targets, words):
+    """Turn a tile of logits into its gradient, in place: softmax - [target].
+
+    Args:
+        logits: [R, M]; normaliser, targets: [R, 1].
+        words: slice of the vocabulary that the tile covers.
+    """
+    grad = logits.sub_(normaliser).exp_()  # [R, M]
+    column = targets - words.start  # [R, 1]
+    is_here = (column >= 0) & (column < grad.shape[1])  # [R, 1]
+    column = column.clamp(0, grad.shape[1] - 1)  # [R, 1]
+    return grad.scatter_add_(1, column, -is_here.float())  # [R, M]
+
+
+# The loss, and its gradients at once
+
+
+def loss_and_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    dtype: torch.dtype,
+    wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean cross entropy of `hidden @ weight.T` and its two gradients.
+
+    Args:
+        hidden: [B*T, D]; weight: [V, D]; targets: [B*T], -100: not counted.
+        dtype: of the matrix products.
+        wanted: whether to make gradients; if not, they come back empty.
+    """
+    w = weight.to(dtype)  # [V, D]
+    V, D = w.shape
+    R, M = tile_size(V, w.device)
+    tiles = [slice(i, min(i + M, V)) for i in range(0, V, M)]
+    counts = (targets != -100)[:, None]  # [B*T, 1]
+    share = counts / counts.sum()  # [B*T, 1]
+    loss = torch.zeros((), device=weight.device)  # []
+    n, v = (len(hidden), V) if wanted else (0, 0)
+    grad_h = torch.zeros(n, D, device=w.device)  # [..., D]
+    grad_w = torch.zeros(v, D, device=w.device)  # [..., D]
+    for i in range(0, len(hidden), R):
+        rows = slice(i, i + R)
+        h, y = hidden[rows].to(dtype), targets[rows, None]  # [R, D], [R, 1]
+        normaliser, logits = find_normaliser(h, w, tiles)  # [R, 1], [R, M]
+        right = w[y[:, 0].clamp(min=0)].float()  # [R, D]
+        target_logit = (h.float() * right).sum(-1, keepdim=True)  # [R, 1]
+        loss = loss + ((normaliser - target_logit) * share[rows]).sum()  # []
+        h_share = (h * share[rows]).to(dtype)  # [R, D]
+        for words in reversed(tiles) if wanted else ():
+            if words is not tiles[-1]:
+                logits = tile_of_logits(h, w[words])  # [R, M]
+            g = to_gradient(logits, normaliser, y, words).to(dtype)  # [R, M]
+            grad_h[rows] += (g @ w[words]) * share[rows]
+            grad_w[words] += g.T @ h_share
+            del g, logits  # before the next tile is made
+    grad_h = grad_h.to(hidden.dtype)  # [..., D]
+    grad_w = grad_w.to(weight.dtype)  # [..., D]
+    return loss, grad_h, grad_w  # [], [..., D], [..., D]
+
+
+# One operation for the compiler
+
+as_one_operation = torch.library.custom_op(
+    "llama_tut::loss_and_gradients", loss_and_gradients, mutates_args=()
+)
+
+
+@as_one_operation.register_fake
+def shapes_of_results(hidden, weight, targets, dtype, wanted):
+    """What the compiler must know: shapes and dtypes of the results."""
+    loss = torch.empty((), device=weight.device)  # []
+    return loss, hidden[: wanted * len(hidden)], weight[: wanted * len(weight)]
+
+
+# The loss as a function
+
+
+class HeadLoss(torch.autograd.Function):
+    """The loss by tiles: the forward pass makes the gradients, too."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype, wanted):
+        """hidden [B*T, D], weight [V, D], targets [B*T] -> float32 []."""
+        compute = loss_and_gradients
+        if torch.compiler.is_compiling():
+            compute = as_one_operation
+        found = compute(hidden, weight, targets, dtype, wanted)
+        if wanted:
+            ctx.save_for_backward(*found[1:])
+        return found[0]  # []
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """gradient [] -> those of hidden [B*T, D] and weight [V, D]."""
+        grad_h, grad_w = ctx.saved_tensors  # [B*T, D], [V, D]
+        # In place: no second copy of [V, D]. Backward works once.
+        grad_h.mul_(gradient)
+        grad_w.mul_(gradient)
+        return grad_h, grad_w, None, None, None  # [B*T, D], [V, D]
+
+
+def head_loss(hidden, weight, targets):
+    """`next_token_loss` of chapter 8 without ever holding all logits -> [].
+
+    Args:
+        hidden: normalised stream, [B, T, D] (or any [..., D]).
+        weight: the head, [V, D]; may be the tied embedding.
+        targets: true next tokens, [B, T]; -100 does not count.
+    """
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    return HeadLoss.apply(
+        hidden.flatten(0, -2),
+        weight,
+        targets.flatten(),
+        dtype,
+        torch.is_grad_enabled(),
+    )  # []
+
+
+# One call
+
+# Above it the logits of a batch take gigabytes.
+LARGE_VOCABULARY = 65_536
+
+
+def speed_up(model, device=None, dtype=None):
+    """Swap in, from outside, what was measured to be faster; same results.
+
+    - CPU, bfloat16: attention in blocks, loss in tiles.
+    - CPU, float32: nothing; PyTorch's own is faster.
+    - CUDA: PyTorch's attention stays; with a vocabulary above
+      LARGE_VOCABULARY, loss in tiles, since it saves gigabytes.
+
+    Args:
+        model: a `LlamaForCausalLM`, changed in place.
+        device, dtype: where and in what the products will run, autocast's
+            dtype where it is used. Default: those of the weights.
+
+    Returns:
+        The same model.
+    """
+    device = torch.device(device or model.output_weight.device)
+    dtype = dtype or model.output_weight.dtype
+    on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+    large = len(model.output_weight) > LARGE_VOCABULARY
+    if on_cpu:
+        for module in model.modules():
+            if isinstance(module, LlamaAttention):
+                module.attend = blocked_attention
+    if on_cpu or (device.type == "cuda" and large):
+        model.compute_loss = head_loss
+    return model
