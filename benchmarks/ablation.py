@@ -17,14 +17,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from grid import Job, cli, run_grid
+from grid import Job, run_grid
 from safetensors.torch import load_file
 
 from llama_tut.gpt2 import BESIDE, LADDER, TWIN, build_rung
 from llama_tut.loader import ShardLoader
+from llama_tut.tools import cli
+from llama_tut.tools.choice import read_choices
 from llama_tut.tools.machine import write_result
+from llama_tut.tools.options import configure
 from llama_tut.tools.prepare import load_dataset_info
-from llama_tut.trainer import configure, read_choices
 
 TUNING, SEEDS, MORE = (0, 4), (1, 2, 3), (5, 6)
 CLOSE = 0.04  # nats

@@ -9,7 +9,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,13 +17,11 @@ from pathlib import Path
 
 import torch
 
+from llama_tut.pretraining import build_llama, train
 from llama_tut.tools.files import InputError, write_json
+from llama_tut.tools.options import configure
 from llama_tut.tools.prepare import load_dataset_info
-from llama_tut.trainer import build_llama, configure, read_metrics, train
-
-# Options and one-line errors as in the other scripts.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import cli  # noqa: E402, F401
+from llama_tut.tools.runs import read_metrics
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ continuation choice with its baselines. Nothing is trained.
 import json
 
 import numpy as np
-from grid import cli
 
 from llama_tut.gpt2 import LADDER, TWIN, paired_difference
+from llama_tut.tools import cli
 from llama_tut.tools.files import InputError
 from llama_tut.tools.machine import RESULTS
 

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from grid import Job, cli, run_grid
+from grid import Job, run_grid
 
 from llama_tut.config import LlamaConfig
 from llama_tut.model import flops_per_token, parameter_count
@@ -34,7 +34,7 @@ from llama_tut.scaling import (
     predict_run,
     redraw,
 )
-from llama_tut.tools import machine
+from llama_tut.tools import cli, machine
 from llama_tut.tools.files import InputError
 from llama_tut.tools.prepare import load_dataset_info
 

@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 
 import nbformat
-from cli import Parser, run
 
+from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

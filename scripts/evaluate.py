@@ -9,7 +9,6 @@ python scripts/evaluate.py --hellaswag FILE --limit 200 --compare a.jsonl
 import time
 from pathlib import Path
 
-from cli import Parser, run
 from models import add_model_options, load
 
 from llama_tut.hellaswag import (
@@ -20,6 +19,7 @@ from llama_tut.hellaswag import (
     score,
     write_predictions,
 )
+from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import require
 
 ROWS = {

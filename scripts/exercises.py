@@ -11,10 +11,10 @@ import sys
 from importlib import import_module
 
 import nbformat
-from cli import Parser, run
 from export import modules
 
 from llama_tut import exercises
+from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import InputError
 
 LEAST = 2  # exercises a chapter, and wrong answers an exercise

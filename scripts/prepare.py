@@ -6,8 +6,7 @@ python scripts/prepare.py --corpus a.txt b.jsonl --tokenizer gpt2 --out data/min
 
 import time
 
-from cli import Parser, run
-
+from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import InputError
 from llama_tut.tools.prepare import prepare
 

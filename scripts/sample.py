@@ -10,7 +10,6 @@ import sys
 import time
 
 import torch
-from cli import Parser, run
 from models import add_model_options, load
 
 from llama_tut.generate import (
@@ -23,6 +22,7 @@ from llama_tut.generate import (
     stream_greedy,
     text_pieces,
 )
+from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import require
 
 

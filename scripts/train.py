@@ -15,17 +15,16 @@ from dataclasses import fields
 from types import UnionType
 from typing import get_args
 
-from cli import Parser, run
-
 from llama_tut.config import LlamaConfig, RopeScaling
+from llama_tut.pretraining import train
+from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import InputError
-from llama_tut.trainer import (
+from llama_tut.tools.options import (
     PRESETS,
     TrainConfig,
     choices,
     configure,
     flag,
-    train,
 )
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
+from llama_tut.tools import cli
 from llama_tut.weights import save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +49,7 @@ def save_small_model(folder):
 def caller(name, monkeypatch, capsys):
     """A function that calls scripts/NAME.py: (exit code, stdout, stderr)."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    cli, script = __import__("cli"), __import__(name)
+    script = __import__(name)
 
     def call(*options):
         argv = [f"{name}.py", *map(str, options)]

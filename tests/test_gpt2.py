@@ -254,7 +254,7 @@ def test_make_results_prints_every_table():
         "Optimizers",
         "at equal seconds",
         "Continuation choice",
-        "bigram at the seam",
+        "bigram at the boundary",
     ):
         assert words in run.stdout
 

@@ -86,11 +86,15 @@ def read_json(path):
     return found
 
 
-def read_jsonl(path):
+def read_jsonl(path, cut_off="refuse"):
     """Yield (line number, dictionary) for each line that is not blank.
 
     Lines end at "\\n" only: JSON may hold other line ends, such as U+2028. A
     byte order mark is skipped.
+
+    Args:
+        cut_off: "drop" leaves out a last line without its line end, as a
+            writer that was killed leaves it.
 
     Raises:
         InputError: the file cannot be read, or a line holds no JSON object.
@@ -100,6 +104,8 @@ def read_jsonl(path):
             for number, line in enumerate(lines, 1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
+                if cut_off == "drop" and not line.endswith(b"\n"):
+                    continue
                 if line.strip():
                     yield number, read_line(path, number, line)
     except OSError as error:

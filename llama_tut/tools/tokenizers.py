@@ -8,7 +8,12 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llama_tut.tools.files import InputError, write_atomic, write_json
+from llama_tut.tools.files import (
+    InputError,
+    first_line,
+    write_atomic,
+    write_json,
+)
 
 
 def byte_characters():
@@ -162,3 +167,33 @@ class Encoder:
             encode = self.tokenizer.encode_batch_fast
             ids = [e.ids for e in encode(texts, add_special_tokens=False)]
         return [np.array(one, np.uint32) for one in ids]
+
+
+def encode_text(folder, text):
+    """The ids of plain text, without what a tokenizer adds around it.
+
+    Raises:
+        InputError: the text is not UTF-8, or there is no such tokenizer.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"this text is not UTF-8: {text!a}") from error
+    return read_tokenizer(folder).encode(text, add_special_tokens=False).ids
+
+
+def transformers_tokenizer(folder):
+    """The tokenizer of a folder as an object of transformers.
+
+    Raises:
+        InputError: transformers cannot open it, or only by running its code.
+    """
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(
+            f"transformers cannot open the tokenizer in {folder}: "
+            f"{first_line(error)}"
+        ) from error

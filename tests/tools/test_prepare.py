@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llama_tut.loader import ShardLoader
-from llama_tut.tools import corpora, files, shards, tokenizers
+from llama_tut.tools import cli, corpora, files, shards, tokenizers
 from llama_tut.tools import prepare as tool
 from llama_tut.tools.files import InputError
 
@@ -48,7 +48,6 @@ def corpus(tmp_path):
 def prepare(monkeypatch, capsys):
     """Call the script in this process: (exit code, stdout, stderr)."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    import cli
     import prepare
 
     def call(*options):

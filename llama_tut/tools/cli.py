@@ -25,11 +25,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call `main()`; bad input becomes one line on stderr and exit code 2."""
+    """Call `main()`; bad input becomes one line on stderr and exit code 2.
+
+    A reader that goes away, as in `script | head`, ends it quietly.
+    """
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,0 +1,92 @@
+"""Curves: a picture and a table of a run, from what its folder holds."""
+
+import math
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from llama_tut.tools.files import read_json
+from llama_tut.tools.runs import read_metrics
+
+
+def draw_curves(folder, levels):
+    """A Figure of a run's metrics.jsonl: losses, and choice if measured.
+
+    Args:
+        levels: horizontal lines, {name: nats}.
+    """
+    lines = read_metrics(Path(folder) / "metrics.jsonl")
+    chosen = [line for line in lines if "choice" in line]
+    heights = (3, 2) if chosen else (1,)
+    with matplotlib.style.context("llama_tut.book"):
+        figure = Figure((7.2, 6.4 if chosen else 4.0), layout="constrained")
+        axes = figure.subplots(
+            len(heights), squeeze=False, sharex=True, height_ratios=heights
+        )[:, 0]
+        draw_losses(axes[0], lines, levels)
+        if chosen:
+            about = read_json(Path(folder) / "config.json")
+            draw_choice(axes[1], chosen, about["choice"])
+        axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes[-1].set(xlabel="tokens")
+    return figure
+
+
+def draw_level(ax, text, height, va="center"):
+    """A dashed line across a panel, with its text at the right edge."""
+    ax.axhline(height, color="0.4", lw=1, ls="--", zorder=0)
+    where = ("axes fraction", "data")
+    ax.annotate(text, (1.01, height), xycoords=where, va=va, fontsize=9)
+
+
+def draw_losses(ax, lines, levels):
+    """Training and validation loss of a run over tokens."""
+    for name, key, style in (
+        ("training", "loss", dict(lw=0.7, alpha=0.7)),
+        ("validation", "val_loss", dict(marker="o", ms=4)),
+    ):
+        tokens = [line["tokens"] for line in lines if key in line]
+        values = [line[key] for line in lines if key in line]
+        ax.plot(tokens, values, label=name, **style)
+    for name, nats in levels.items():
+        draw_level(ax, f"{name} {nats:.2f}", nats)
+    ax.set(yscale="log", ylabel="nats a token")
+    low, high = ax.get_ylim()
+    ticks = [t for t in (0.7, 1, 1.5, 2, 3, 4, 5, 6, 8) if low < t < high]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+
+def draw_choice(ax, lines, baselines):
+    """Accuracy of continuation choice, above what needs no model."""
+    tokens = [line["tokens"] for line in lines]
+    ax.plot(tokens, [line["choice"] for line in lines], "o-", ms=4)
+    names = sorted(baselines, key=baselines.get)
+    places = ("center", "top", "bottom")  # the upper two are close
+    for name, va in zip(names, places, strict=True):
+        draw_level(ax, f"{name} {baselines[name]:.0%}", baselines[name], va)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(ylabel="choice, right")
+
+
+def report(line, levels, bits_per_byte, items=0, choice_levels=None):
+    """Lines of text: losses and accuracies of choice, beside baselines.
+
+    Args:
+        line: the run's last line of metrics.jsonl.
+        levels: {name: nats} of what needs no model.
+        bits_per_byte: turns nats a token into bits a byte.
+        items, choice_levels: of continuation choice, {name: accuracy}.
+    """
+    yield f"{'':12}nats a token  bits a byte"
+    nats = {"this model": line.get("val_loss", math.nan), **levels}
+    for name, value in nats.items():
+        yield f"{name:12}{value:12.4f}{bits_per_byte(value):13.4f}"
+    if choice_levels and "choice" in line:
+        yield f"\ncontinuation choice, {items:,} items:"
+        rights = {"this model": line["choice"], **choice_levels}
+        for name, value in rights.items():
+            yield f"{name:24}{value:6.1%}"

@@ -1,0 +1,277 @@
+"""Options: every option of a training run, and the presets.
+
+scripts/train.py makes its command line from the fields of `TrainConfig`.
+"""
+
+import json
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from llama_tut.config import LlamaConfig, option
+from llama_tut.tools.choice import ITEM_TOKENS
+from llama_tut.tools.files import InputError, read_json, require
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run. Raises InputError for a value that cannot be."""
+
+    data: str = option("", "folder with tokens, made by scripts/prepare.py")
+    out: str = option("", "folder of this run")
+    preset: str = option("laptop", "row of PRESETS that the others start from")
+    resume: bool = option(False, "go on from the newest valid checkpoint")
+    steps: int = option(100, "optimizer steps of the whole run")
+    sequence_length: int = option(128, "T, tokens in a row")
+    micro_batch_size: int = option(4, "B, rows a rank takes at once")
+    tokens_per_step: int = option(1024, "tokens of one step, of all ranks")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "which optimizer")
+    learning_rate: float = option(3e-3, "largest learning rate")
+    warmup_steps: int | None = option(None, "steps of warm-up (None: 5 %)")
+    schedule: Literal["cosine", "wsd"] = option("cosine", "after the warm-up")
+    final_fraction: float = option(
+        0.1, "last learning rate as a fraction of the largest"
+    )
+    weight_decay: float = option(0.1, "decay of the matrices")
+    beta1: float = option(0.9, "memory of AdamW's mean of the gradient")
+    beta2: float = option(0.95, "memory of AdamW's mean of its square")
+    max_norm: float = option(
+        1.0, "clip the gradient to this norm (0: do not clip)"
+    )
+    seed: int = option(0, "of the initialisation and the order of the rows")
+    dtype: Literal["float32", "bfloat16", "auto"] = option(
+        "float32", "of matrix products (auto: what is fast)"
+    )
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    compile: bool = option(False, "compile the model, if a compiler is here")
+    plain: bool = option(False, "train the plain model, without fast parts")
+    vocab_multiple: int = option(1, "round V up to a multiple of this")
+    eval_every: int = option(0, "steps between validations (0: at the end)")
+    eval_rows: int = option(256, "rows of validation text to measure")
+    hellaswag: str = option("", "also measure it: own, a jsonl file or hub id")
+    hellaswag_limit: int = option(200, "examples of it to measure")
+    choice: int = option(
+        0, "also measure continuation choice on so many items"
+    )
+    samples: int = option(2, "texts to write at the end")
+    sample_tokens: int = option(100, "tokens of each text")
+    prompt: str = option("", "how the texts begin")
+    checkpoint_every: int = option(0, "steps between checkpoints (0: at end)")
+    keep_checkpoints: int = option(3, "how many of them to keep")
+    model: dict = field(default_factory=dict, metadata={"help": "its shape"})
+
+    def __post_init__(self):
+        check_ranges(self)
+        check_choices(self)
+        short = self.choice and self.sequence_length < ITEM_TOKENS
+        require(
+            not short,
+            f"--choice takes rows of {ITEM_TOKENS} tokens: "
+            f"--sequence-length {self.sequence_length} is too short",
+        )
+
+
+AT_LEAST = {
+    1: "steps sequence_length micro_batch_size tokens_per_step eval_rows "
+    "vocab_multiple hellaswag_limit sample_tokens keep_checkpoints",
+    0: "learning_rate warmup_steps final_fraction weight_decay beta1 beta2 "
+    "max_norm seed eval_every choice samples checkpoint_every",
+}
+AT_MOST = {
+    "learning_rate": 10,
+    "weight_decay": 10,
+    "final_fraction": 1,
+    "beta1": 0.99999,
+    "beta2": 0.99999,
+    "seed": 2**63 - 1,
+    "vocab_multiple": 2**20,
+    "samples": 1000,
+}
+
+
+def check_ranges(config):
+    """Refuse values that no run can have, by the option's name."""
+    for least, names in AT_LEAST.items():
+        for name in names.split():
+            value, most = getattr(config, name), AT_MOST.get(name, math.inf)
+            if value is not None and not least <= value <= most:
+                high = value > most
+                bound = f"at most {most}" if high else f"at least {least}"
+                raise InputError(f"{flag(name)} must be {bound}, not {value}")
+
+
+def check_choices(config):
+    """Refuse a value that its field does not list. Raises: InputError."""
+    for one in fields(config):
+        value, allowed = getattr(config, one.name), choices(one)
+        require(
+            not allowed or value in allowed,
+            f"{flag(one.name)} {value!r}: take {' or '.join(allowed)}",
+        )
+
+
+def choices(one):
+    """The values that a field of TrainConfig allows; () for any."""
+    return get_args(one.type) if get_origin(one.type) is Literal else ()
+
+
+def flag(name):
+    """The command line's spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def llama_shape(D, I, L, H, **others):
+    """Options of a model, by the letters."""
+    return {
+        "hidden_size": D,
+        "intermediate_size": I,
+        "num_hidden_layers": L,
+        "num_attention_heads": H,
+        **others,
+    }
+
+
+# "124m" and "350m" have the depth and width of GPT-2 small and medium.
+SHAPES = {
+    "1m": llama_shape(128, 352, 4, 2, tie_word_embeddings=True),
+    "124m": llama_shape(768, 2048, 12, 12, tie_word_embeddings=True),
+    "350m": llama_shape(1024, 2688, 24, 16, tie_word_embeddings=True),
+    "8b": llama_shape(
+        4096, 14336, 32, 32, num_key_value_heads=8, rope_theta=500_000.0
+    ),
+}
+
+# The tokens of a step are the same in every full-size row, and so are the ten
+# billion tokens of the run: the hardware decides only the micro batch.
+COLUMNS = (
+    "shape sequence_length micro_batch_size tokens_per_step steps "
+    "learning_rate eval_every eval_rows checkpoint_every"
+).split()
+ROWS = {
+    "laptop": ("1m", 128, 4, 1_024, 3_000, 3e-3, 1_000, 2_048, 500),
+    "24gb": ("124m", 1024, 8, 524_288, 19_073, 6e-4, 250, 512, 250),
+    "24gb-350m": ("350m", 1024, 4, 524_288, 19_073, 3e-4, 250, 512, 250),
+    "h100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 512, 250),
+    "h100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 512, 250),
+    "8xh100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 512, 1_000),
+    "8xh100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 512, 1_000),
+    "llama3-8b": ("8b", 8192, 1, 524_288, 19_073, 3e-4, 250, 64, 1_000),
+}
+
+
+def preset(name):
+    """The options of one row of PRESETS."""
+    row = dict(zip(COLUMNS, ROWS[name], strict=True))
+    full_size = name != "laptop"
+    return {
+        "preset": name,
+        "dtype": "bfloat16" if full_size else "float32",
+        "compile": full_size,
+        "vocab_multiple": 128 if full_size else 1,
+        "model": SHAPES[row.pop("shape")],
+        **row,
+    }
+
+
+PRESETS = {name: preset(name) for name in ROWS}
+
+
+def configure(options):
+    """A TrainConfig from the options that were given, as a dictionary.
+
+    Names of LlamaConfig's fields go to `model`. Given options win over the
+    preset's, or with `resume` over those that the run was started with.
+
+    Raises: InputError for an unknown preset or a value that cannot be.
+    """
+    names = {f.name for f in fields(TrainConfig)}
+    own = {k: v for k, v in options.items() if k in names}
+    model = {k: v for k, v in options.items() if k not in names}
+    for name in model.keys() - {f.name for f in fields(LlamaConfig)}:
+        raise InputError(f"{flag(name)} is no option")
+    started = own.get("resume") and started_with(own.get("out", ""))
+    name = own.get("preset", started["preset"] if started else "laptop")
+    require(
+        name in PRESETS,
+        f"--preset {name!r} is unknown: take {', '.join(PRESETS)}",
+    )
+    base = started or PRESETS[name]
+    require(
+        base["preset"] == name,
+        f"--preset {name}: this run was started with {base['preset']}",
+    )
+    return TrainConfig(**base | own | {"model": base["model"] | model})
+
+
+def started_with(out):
+    """The options that a run in the folder `out` was started with, if any.
+
+    An option that a newer version of this program has added takes its
+    default.
+    """
+    path = Path(out) / "config.json"
+    if not out or not path.is_file():
+        return None
+    about = read_json(path)
+    found = about.get("config")
+    require(
+        isinstance(found, dict) and isinstance(found.get("model", {}), dict),
+        f"{path} is not that of a training run: choose another --out",
+    )
+    known = default_options()
+    for name in found.keys() - known.keys():
+        raise InputError(
+            f"{path} has the option {flag(name)}, which this version does "
+            "not know: resume with the version that started the run"
+        )
+    return known | found
+
+
+def default_options():
+    """Every option with its default."""
+    return {
+        one.name: one.default_factory()
+        if one.default is MISSING
+        else one.default
+        for one in fields(TrainConfig)
+    }
+
+
+def gradient_accumulation_steps(config, world_size):
+    """Micro batches a rank takes in one step.
+
+    Raises: InputError when the tokens of a step cannot be shared out.
+    """
+    B, T = config.micro_batch_size, config.sequence_length
+    at_once = B * T * world_size
+    require(
+        config.tokens_per_step % at_once == 0,
+        f"--tokens-per-step {config.tokens_per_step} is not a multiple "
+        f"of micro batch {B} x sequence length {T} x {world_size} ranks "
+        f"= {at_once}: change one of them",
+    )
+    return config.tokens_per_step // at_once
+
+
+def check_same_run(path, before, after, names):
+    """Refuse to go on as another run.
+
+    Args:
+        path: the checkpoint, for the message.
+        before, after: nested plain values, as `state.json` holds them.
+        names: options of "config" that must be the same.
+    """
+    after = json.loads(json.dumps(after))  # tuples become lists, as there
+    old, new = default_options() | before["config"], after["config"]
+    pairs = [(flag(name), old[name], new[name]) for name in names]
+    pairs.append(("the hash of --data", before["data"], after["data"]))
+    shape, now = before["model"], after["model"]
+    for name in sorted(shape.keys() | now.keys() if shape else ()):
+        pairs.append((flag(name), shape.get(name), now.get(name)))
+    for name, was, now in pairs:
+        require(
+            was == now,
+            f"cannot resume {path}: {name} was {was}, now it is {now}; "
+            "give the old value, or start a new run with another --out",
+        )

@@ -1,0 +1,295 @@
+"""A whole run, in this process: what it leaves, resume, faults."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_setup import OPTIONS, losses, metrics, tiny_data
+
+from llama_tut.distributed import Ranks
+from llama_tut.loader import ShardLoader
+from llama_tut.model import LlamaForCausalLM
+from llama_tut.pretraining import build_llama, llama_config, train
+from llama_tut.tools.choice import (
+    read_choices,
+)
+from llama_tut.tools.files import InputError
+from llama_tut.tools.options import (
+    configure,
+)
+from llama_tut.tools.prepare import load_dataset_info, prepare
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_data(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return configure(
+        {"data": str(data), "out": str(tmp_path / "run"), **OPTIONS}
+    )
+
+
+class Crash(Exception):
+    pass
+
+
+def crashing(passes):
+    """A builder of models that fail in one of their training passes."""
+
+    class Model(LlamaForCausalLM):
+        done = 0
+
+        def forward(self, *args, **kwargs):
+            self.done += self.training and torch.is_grad_enabled()
+            if self.done == passes:
+                raise Crash
+            return super().forward(*args, **kwargs)
+
+    def build(config, info):
+        return Model(llama_config(config, info))
+
+    return build
+
+
+def test_a_run_leaves_what_it_promises(config):
+    last = train(config)
+    folder = Path(config.out)
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    assert all(
+        line.keys()
+        >= {"loss", "lr", "grad_norm", "tokens", "tokens_per_second"}
+        for line in lines
+    )
+    assert lines[-1] == last and last["tokens"] == 16 * 512
+    assert {"val_loss", "bits_per_byte"} <= last.keys()
+    info = load_dataset_info(config.data)
+    assert last["bits_per_byte"] == info.bits_per_byte(last["val_loss"])
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert names == ["step_00000008", "step_00000012", "step_00000016"]
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").glob("events*"))
+    assert "sample 1" in (folder / "samples.txt").read_text()
+    about = json.loads((folder / "config.json").read_text())
+    assert about["config"]["steps"] == 16 and about["data"]["hash"]
+
+
+def test_transformers_loads_the_model(config, data):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llama_tut.tools.tokenizers import read_tokenizer
+    from llama_tut.weights import load_pretrained
+
+    train(replace(config, steps=2, samples=0))
+    folder = Path(config.out) / "model"
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "the red cat sees a house"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    mine = read_tokenizer(data / "tokenizer").encode(text).ids
+    assert ids.tolist() == [mine]
+    ours = load_pretrained(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits)
+    end = load_dataset_info(data).end_of_text
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == end
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_is_exact_across_an_epoch(config, tmp_path, optimizer, dtype):
+    config = replace(config, optimizer=optimizer, dtype=dtype, samples=0)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    rows = 16 * 512 // 32
+    assert len(ShardLoader(config.data, "train", 1, 32)) < rows
+    for passes in (8 * 6 + 3, 8 * 5 + 1):  # in step 7; in step 10
+        resume = Path(config.out).exists()
+        with pytest.raises(Crash):
+            train(replace(config, resume=resume), crashing(passes))
+    train(replace(config, resume=True))
+    assert losses(config.out) == losses(whole.out)
+    for name in ("val_loss", "bits_per_byte"):
+        last = [metrics(one)[-1][name] for one in (config.out, whole.out)]
+        assert last[0] == last[1]
+
+
+def test_resume_before_the_first_checkpoint(config, tmp_path, capsys):
+    with pytest.raises(Crash):
+        train(config, crashing(9))
+    assert list(losses(config.out)) == [1]
+    train(replace(config, resume=True, samples=0))
+    assert "starting at step 0" in capsys.readouterr().out
+    assert list(losses(config.out)) == list(range(1, 17))
+
+
+def test_resume_takes_the_options_of_the_start(config):
+    with pytest.raises(Crash):
+        train(config, crashing(8 * 10))
+    again = configure({"out": config.out, "resume": True})
+    assert again == replace(config, resume=True)
+    again = configure({"out": config.out, "resume": True, "eval_rows": 3})
+    assert again == replace(config, resume=True, eval_rows=3)
+    with pytest.raises(InputError, match="started with laptop"):
+        configure({"out": config.out, "resume": True, "preset": "h100"})
+
+
+def test_a_resumed_run_must_be_the_same_run(config, tmp_path, capsys):
+    with pytest.raises(Crash):
+        train(config, crashing(8 * 5))
+    config = replace(config, resume=True)
+    model = {**config.model, "num_attention_heads": 4}
+    for changes, words in (
+        ({"seed": 1}, "--seed was 0, now it is 1"),
+        ({"tokens_per_step": 1024}, "--tokens-per-step was 512"),
+        ({"sequence_length": 16}, "--sequence-length was 32"),
+        ({"optimizer": "muon"}, "--optimizer was adamw"),
+        ({"model": model}, "--head-dim was 16, now it is 8"),
+        ({"data": str(tiny_data(tmp_path, seed=1))}, "the hash of --data"),
+    ):
+        before = (Path(config.out) / "metrics.jsonl").read_bytes()
+        with pytest.raises(InputError, match=words) as error:
+            train(replace(config, **changes))
+        assert "\n" not in str(error.value)
+        assert (Path(config.out) / "metrics.jsonl").read_bytes() == before
+    train(replace(config, micro_batch_size=8, learning_rate=5e-3, samples=0))
+    said = capsys.readouterr().out.splitlines()
+    assert "--learning-rate was 0.01, from here on it is 0.005" in said
+    assert not any(line.startswith("--seed") for line in said)
+
+
+def test_damaged_checkpoint_is_skipped_and_said(config, capsys):
+    train(config)
+    whole = losses(config.out)
+    file = Path(config.out) / "checkpoints/step_00000016/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 8
+    file.write_bytes(data)
+    train(replace(config, resume=True))
+    said = capsys.readouterr()
+    assert "step_00000016: model.safetensors" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert "resumed at step 12" in said.out
+    assert losses(config.out) == whole
+
+
+def test_a_finished_run_can_be_finished_again(config, capsys):
+    first = train(config)
+    assert train(replace(config, resume=True)) == first
+    assert len(metrics(config.out)) == 16
+    with pytest.raises(InputError, match="--steps 15: .* further already"):
+        train(replace(config, resume=True, steps=15))
+    last = train(replace(config, resume=True, steps=18))
+    assert last["step"] == 18 and len(metrics(config.out)) == 18
+
+
+def test_metrics_cut_off_in_a_line(config):
+    with pytest.raises(Crash):
+        train(config, crashing(8 * 6))
+    path = Path(config.out) / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "lo')
+    train(replace(config, resume=True, samples=0))
+    assert list(losses(config.out)) == list(range(1, 17))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(config):
+    def build(config, info):
+        model = build_llama(config, info)
+        torch.nn.init.constant_(model.model.norm.weight, math.nan)
+        return model
+
+    with pytest.raises(
+        InputError, match="the loss is nan .* at step 1, which was not"
+    ):
+        train(config, build)
+
+
+def test_it_learns_more_than_pairs(config):
+    """Random words cannot be predicted: the loss ends near its floor."""
+    info = load_dataset_info(config.data)
+    last = train(replace(config, steps=60, samples=0, eval_rows=20))
+    assert last["val_loss"] < info.unigram_nats
+    assert last["val_loss"] == pytest.approx(info.bigram_nats, abs=0.3)
+
+
+def test_compile_falls_back_with_one_line(config, monkeypatch, capsys):
+    class NoCompiler(RuntimeError):
+        pass
+
+    def compile(model):
+        def fail(*args, **kwargs):
+            raise NoCompiler("No working C++ compiler found\nmore lines")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile)
+    train(replace(config, compile=True, steps=2, samples=0))
+    out = capsys.readouterr().out
+    line = "not compiled, going on without: No working C++ compiler found"
+    assert line in out.splitlines()
+
+
+def test_hellaswag_is_measured_when_asked_for(config):
+    config = replace(config, hellaswag="own", hellaswag_limit=4, samples=0)
+    with pytest.raises(InputError, match="the model's context only 32"):
+        train(replace(config, steps=1000))
+    config = replace(config, sequence_length=128, steps=1, resume=True)
+    assert train(config)["hellaswag"] in (0, 0.25, 0.5, 0.75, 1)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """A data folder with lines that share their letters with the next."""
+    folder, draw = tmp_path_factory.mktemp("stories"), random.Random(0)
+    topics = ["a b c d", "e f g h", "i j k l", "m n o p", "q r s t"]
+    lines = []
+    for n in range(3000):  # ten lines a topic
+        words = topics[n // 10 % len(topics)].split()
+        lines.append(" ".join(draw.choices(words, k=9)))
+    (folder / "text.txt").write_text("\n".join(lines))
+    how = dict(tokenizer="bpe", vocab_size=280, val_share=0.3)
+    prepare([folder / "text.txt"], folder / "data", 1, **how)
+    return folder / "data"
+
+
+def test_a_run_measures_choice(config, stories, capsys):
+    shape = dict(sequence_length=64, eval_every=1, steps=2, samples=0)
+    config = replace(config, data=str(stories), choice=40, **shape)
+    last = train(config)
+    out = capsys.readouterr().out
+    assert "step 0: choice" in out and "untrained" in out
+    found = [line["choice"] for line in metrics(config.out)]
+    assert len(found) == 2 and last["choice"] == found[-1]
+    assert found[-1] * 40 == pytest.approx(round(found[-1] * 40))
+    about = json.loads((Path(config.out) / "config.json").read_text())
+    _, baselines = read_choices(stories, 40)
+    assert about["choice"] == baselines and baselines["chance"] == 0.25
+    assert baselines["word overlap"] > 0.35
+    report = out[out.index("continuation choice, 40 items") :]
+    for name in ("this model", "context of another item", *baselines):
+        assert name in report
+    assert f"{'this model':24}{last['choice']:6.1%}" in report
+    again = train(replace(config, resume=True))
+    assert again == last and report in capsys.readouterr().out
+
+
+def test_choice_refuses_before_training(config, stories):
+    with pytest.raises(InputError, match="rows of 60 tokens"):
+        replace(config, choice=1)
+    config = replace(config, sequence_length=64)
+    with pytest.raises(InputError, match="--choice must be at least 0"):
+        replace(config, choice=-1)
+    with pytest.raises(InputError, match="has only 0 such items"):
+        train(replace(config, choice=1))  # this text has no lines
+    with pytest.raises(InputError, match="has only [1-9]"):
+        train(replace(config, choice=10**6, data=str(stories)))
+    assert not (Path(config.out) / "metrics.jsonl").exists()
