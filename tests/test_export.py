@@ -79,8 +79,6 @@ def imported(path):
 
 @pytest.mark.parametrize("module", TABLE.values(), ids=lambda p: p.stem)
 def test_imports_point_to_earlier_chapters(module):
-    if module.stem == "trainer":
-        pytest.skip("moves in the next commits")
     for other in imported(module):
         if other.startswith("tools."):
             continue
