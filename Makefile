@@ -57,7 +57,7 @@ check: .venv ## the quick half of the tests: formatting, export, names
 bench: .venv ## speed and memory beside transformers and the harness's way; writes benchmarks/results
 	@$(PY) benchmarks/bench_train.py
 	@$(PY) benchmarks/bench_head_loss.py
-	@$(PY) benchmarks/bench_hellaswag.py $(if $(LLAMA_TUT_DATA),--limit 512 --file $(LLAMA_TUT_DATA)/hellaswag_val.jsonl)
+	@$(PY) benchmarks/bench_hellaswag.py speed $(if $(LLAMA_TUT_DATA),--limit 512 --file $(LLAMA_TUT_DATA)/hellaswag_val.jsonl)
 	@$(PY) benchmarks/bench_generate.py --compiled
 	@$(PY) benchmarks/bench_loading.py
 

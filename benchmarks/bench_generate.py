@@ -23,21 +23,19 @@ import torch
 from read_alike import convert_to_gguf, llama_cpp_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_tut.generate import (
-    Bfloat16Linear,
+from llama_tut.fast.generation import (
     FastModel,
-    Reader,
-    four_bit_linear,
-    generate,
+    FastReader,
+    four_bit_draft,
     pack_weights,
-    speculate,
 )
+from llama_tut.generate import Reader, generate, speculate
 from llama_tut.hellaswag import read_examples
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained
 
-AHEAD = 8
+AHEAD = 16  # tokens that are guessed in a round; the draft takes half
 
 
 def theirs(model, options, ids, new):
@@ -62,31 +60,31 @@ def plain(model, ids, new):
 @torch.no_grad()
 def greedy(reader, ids, new):
     """The likeliest token, again and again, without a guess."""
-    reader.forget(0)
-    logits, out = reader.read(ids[0].tolist())[-1], []
+    reader.truncate(0)
+    logits, out = reader.read(ids[0].tolist(), 1), []
     for _ in range(new):
-        out.append(logits.argmax().item())
+        out.append(logits[0].argmax().item())
         if len(out) < new:
-            logits = reader.read(out[-1:])[0]
+            logits = reader.read(out[-1:], 1)
     return out
 
 
-def checked(reader, draft, ids, new):
+def checked(reader, ids, new):
     """Guess, then check."""
-    reader.forget(0)
+    reader.truncate(0)
     out = []
-    rounds = speculate(reader, draft, ids[0].tolist(), AHEAD)
+    rounds = speculate(reader, ids[0].tolist(), AHEAD)
     while len(out) < new:
         out += next(rounds)
     return out[:new]
 
 
-def prime(reader, draft):
+def prime(reader):
     """Take, and so compile, every kind of step that the contenders take."""
-    _ = reader.read([0, 0])
-    for rows in (1, AHEAD + 1, 2 * AHEAD + 1):
-        _ = reader.read([0] * rows)
-    _ = reader.read([0], by=draft)
+    _ = reader.read([0, 0], 1)
+    for rows in (1, AHEAD // 2 + 1, AHEAD + 1):
+        _ = reader.read([0] * rows, rows)
+    _ = reader.read([0], 1, by=reader.draft)
 
 
 def by_llama_cpp(server, ids, new):
@@ -108,7 +106,7 @@ def their_contenders(folder):
     load = AutoModelForCausalLM.from_pretrained
     full = load(folder, dtype=torch.float32)
     half = load(folder, dtype=torch.bfloat16)
-    looks_up = {"prompt_lookup_num_tokens": 2 * AHEAD}
+    looks_up = {"prompt_lookup_num_tokens": AHEAD}
     looks_up |= {"max_matching_ngram_size": 3}
     return {
         "transformers float32": partial(theirs, full, {}),
@@ -118,28 +116,31 @@ def their_contenders(folder):
 
 
 def our_contenders(folder, capacity, compiled):
-    """{name: function of ids and new}: chapter 11's ways."""
+    """{name: function of ids and new}: the ways of chapters 11 and 21."""
     model = load_pretrained(folder).eval()
     half = load_pretrained(folder, torch.bfloat16).eval()
     packed = pack_weights(load_pretrained(folder).eval())
-    low = four_bit_linear, Bfloat16Linear
-    fast, draft = FastModel(model), FastModel(model, *low)
-    reader = Reader(fast, capacity)
+    fast, draft = FastModel(model), four_bit_draft(model)
+    alone = FastReader(fast, capacity)
+    drafted = FastReader(fast, capacity, draft)
     found = {
         "ours float32": partial(plain, model),
+        "ours, text guesses": partial(checked, Reader(model, capacity)),
         "packed": partial(plain, packed),
-        "fast": partial(greedy, reader),
-        "fast bfloat16": partial(greedy, Reader(FastModel(half), capacity)),
-        "text guesses": partial(checked, reader, None),
-        "text and four bits guess": partial(checked, reader, draft),
+        "fast": partial(greedy, alone),
+        "fast bfloat16": partial(
+            greedy, FastReader(FastModel(half), capacity)
+        ),
+        "text guesses": partial(checked, alone),
+        "text and four bits guess": partial(checked, drafted),
     }
     if compiled:
         fast = FastModel(model, compiled=True)
-        draft = FastModel(model, *low, compiled=True)
-        reader = Reader(fast, capacity)
-        prime(reader, draft)
+        draft = four_bit_draft(model, compiled=True)
+        reader = FastReader(fast, capacity, draft)
+        prime(reader)
         found["compiled, fast"] = partial(greedy, reader)
-        found["compiled, both guess"] = partial(checked, reader, draft)
+        found["compiled, both guess"] = partial(checked, reader)
     return found
 
 
@@ -184,14 +185,14 @@ def main():
         for e in read_examples(None, args.prompts)
     ]
     longest = max(p.shape[1] for p in prompts)
-    capacity = longest + args.new + 2 * AHEAD + 1
+    capacity = longest + args.new + AHEAD + 1
     runs = their_contenders(folder)
     runs |= our_contenders(folder, capacity, args.compiled)
     with tempfile.TemporaryDirectory() as scratch:
         runs |= llama_cpp_contenders(folder, Path(scratch), args.threads)
         for name, run in runs.items():
             start = time.perf_counter()
-            run(prompts[0], AHEAD)  # warm up
+            run(prompts[0], 8)  # warm up
             print(f"{name}: {time.perf_counter() - start:.0f} s to start")
         seconds, texts = measure(runs, prompts, args.new)
     first = next(iter(runs))

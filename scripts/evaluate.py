@@ -11,16 +11,17 @@ from pathlib import Path
 
 from models import add_model_options, load
 
+from llama_tut.fast.scoring import score_packed
 from llama_tut.hellaswag import (
     accuracy,
-    mcnemar,
     read_examples,
-    read_predictions,
     score,
-    write_predictions,
+    score_rows,
 )
 from llama_tut.tools.cli import Parser, run
-from llama_tut.tools.files import require
+from llama_tut.tools.files import require, write_jsonl
+from llama_tut.tools.predictions import read_predictions
+from llama_tut.tools.statistics import mcnemar
 
 ROWS = {
     "sum": ("acc", "largest sum of log-probabilities"),
@@ -44,9 +45,11 @@ def build_parser():
     add("--predictions", metavar="OUT", type=Path, help="write them as jsonl")
     add("--compare", metavar="FILE", type=Path, help="McNemar's test with it")
     add(
+        "--plain",
         "--four-rows",
         action="store_true",
-        help="a row for each ending, as the harness does it (slower)",
+        help="a row for each ending, as the harness does it, and matrices as "
+        "they lie: the same predictions, slower",
     )
     add(
         "--transformers",
@@ -104,20 +107,20 @@ def main():
         == [(e.index, e.label) for e in examples],
         f"{args.compare} is about other examples than these",
     )
-    model, tokenizer = load(args, args.transformers, packed=True)
+    model, tokenizer = load(args, args.transformers, packed=not args.plain)
     start = time.perf_counter()
     predictions = score(
         model,
         tokenizer,
         examples,
         args.batch_size,
-        packed=False if args.four_rows else None,
+        score_rows if args.plain else score_packed,
         progress=True,
     )
     seconds = time.perf_counter() - start
     report(args.model or "SmolLM2-135M-Instruct", predictions, seconds)
     if args.predictions:
-        write_predictions(args.predictions, predictions)
+        write_jsonl(args.predictions, predictions)
     if other:
         compare(predictions, args.compare, other)
 

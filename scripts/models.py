@@ -2,7 +2,7 @@
 
 import torch
 
-from llama_tut.generate import pack_weights
+from llama_tut.fast.generation import pack_weights
 from llama_tut.tools.files import InputError, require
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained
@@ -82,7 +82,7 @@ def load(args, transformers=False, packed=False):
 
     Args:
         transformers: let transformers build it.
-        packed: lay its matrices out for oneDNN, on a CPU (chapter 11).
+        packed: lay its matrices out for oneDNN, on a CPU (chapter 21).
     """
     check_device(args.device)
     folder = find_pretrained(args.model)

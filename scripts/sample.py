@@ -8,22 +8,23 @@ python scripts/sample.py --temperature 0 --fast --prompt "def "
 
 import sys
 import time
+from functools import partial
 
 import torch
 from models import add_model_options, load
 
-from llama_tut.generate import (
-    Bfloat16Linear,
-    FastModel,
-    check_request,
-    check_sampling,
-    four_bit_linear,
-    stream,
-    stream_greedy,
-    text_pieces,
-)
+from llama_tut.fast.generation import FastModel, FastReader, four_bit_draft
+from llama_tut.generate import stream, stream_guessing
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import require
+from llama_tut.tools.pretrained import find_pretrained
+from llama_tut.tools.prompts import (
+    encode_chat,
+    encode_prompt,
+    stop_tokens,
+    text_pieces,
+)
+from llama_tut.tools.requests import check_request, check_sampling
 
 
 def build_parser():
@@ -45,53 +46,50 @@ def build_parser():
         "checks: the same tokens, sooner in a long text (preparing takes a "
         "second or two); with --temperature 0 and on a CPU",
     )
+    add(
+        "--plain",
+        action="store_true",
+        help="one token a pass, matrices as they lie: the same text, slower",
+    )
     add("--stats", action="store_true", help="tokens a second, on stderr")
     return parser
 
 
-def encode(tokenizer, prompt, chat):
-    """The prompt's ids [1, T]."""
-    if not chat:
-        ids = tokenizer(prompt).input_ids
-    else:
-        require(
-            tokenizer.chat_template,
-            "this tokenizer has no chat template: leave --chat out",
-        )
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-    return torch.tensor([ids], dtype=torch.long)
-
-
-def stop_tokens(config, tokenizer):
-    """The ids that end a text, from the model's config and the tokenizer."""
-    ids = config.eos_token_id
-    ids = set(ids) if isinstance(ids, tuple) else {ids}
-    return ids.union({tokenizer.eos_token_id}) - {None}
-
-
 def check(args):
     """Find bad options before the model is loaded."""
+    require(
+        args.prompt.encode(errors="replace").decode() == args.prompt,
+        "--prompt holds bytes that are no UTF-8",
+    )
     for name in ("max_new_tokens", "chunk_size"):
         value = getattr(args, name)
         option = "--" + name.replace("_", "-")
         require(value is None or value >= 1, f"{option} must be 1 or more")
     check_sampling(args.temperature, args.top_k, args.top_p)
     require(
+        -(2**63) <= args.seed < 2**64,
+        f"--seed {args.seed}: must fit into 64 bits",
+    )
+    require(
         not args.fast or (args.temperature == 0 and args.device == "cpu"),
         "--fast guesses the likeliest token on a CPU: give --temperature 0 "
         "and leave --device out",
+    )
+    require(
+        not (args.fast and args.plain), "--fast and --plain: give one of them"
     )
 
 
 def tokens_of(model, ids, new, stops, args):
     """The new tokens, one by one, as the options say."""
     if args.fast:
-        draft = FastModel(model, four_bit_linear, Bfloat16Linear)
-        return stream_greedy(FastModel(model), draft, ids, new, stops)
+        make = partial(FastReader, draft=four_bit_draft(model))
+        fast = FastModel(model)
+        return stream_guessing(fast, ids, new, stops, make_reader=make)
+    # Guessing from the text was measured to pay on a CPU.
+    greedy = args.temperature == 0 and args.device == "cpu"
+    if greedy and not (args.plain or args.chunk_size):
+        return stream_guessing(model, ids, new, stops)
     return stream(
         model,
         ids,
@@ -106,21 +104,26 @@ def tokens_of(model, ids, new, stops, args):
 
 
 def main():
+    # A terminal that lacks a character shows "?" in its place.
+    sys.stdout.reconfigure(errors="replace")
     args = build_parser().parse_args()
     check(args)
-    model, tokenizer = load(args)
-    ids = encode(tokenizer, args.prompt, args.chat).to(args.device)
+    args.model = find_pretrained(args.model)
+    model, tokenizer = load(args, packed=not (args.plain or args.fast))
+    stops = stop_tokens(args.model, tokenizer)
+    encode = encode_chat if args.chat else encode_prompt
+    ids = [encode(tokenizer, args.prompt)]
+    ids = torch.tensor(ids, dtype=torch.long, device=args.device)  # [1, T]
     room = model.config.max_position_embeddings - ids.shape[1]
     new = args.max_new_tokens or max(1, min(100, room))
     check_request(model.config, ids, new)
-    start, count = time.perf_counter(), 0
-    stops = stop_tokens(model.config, tokenizer)
+    start, count = time.perf_counter(), 1
     tokens = tokens_of(model, ids, new, stops, args)
-    if not args.chat:
-        print(args.prompt, end="", flush=True)
-    for piece in text_pieces(tokenizer, tokens, ids[0].tolist()):
+    pieces = text_pieces(tokenizer, tokens, ids[0].tolist())
+    first = next(pieces)  # nothing is printed before a damaged model is seen
+    print(first if args.chat else args.prompt + first, end="", flush=True)
+    for count, piece in enumerate(pieces, 2):
         print(piece, end="", flush=True)
-        count += 1
     print()
     if args.stats:
         rate = count / (time.perf_counter() - start)

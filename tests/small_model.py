@@ -4,7 +4,13 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from llama_tut.config import LlamaConfig
@@ -71,3 +77,57 @@ def refused(result, *words):
     assert err.startswith("error: ") and err.count("\n") == 1, err
     for word in words:
         assert word in err
+
+
+def special_tokenizer(before, after):
+    """Bytes as tokens; `before` and `after` stand around every text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<s>", "</s>", *letters]
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>"])
+    core.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        special_tokens=[("<s>", 0), ("</s>", 1)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>"
+    )
+
+
+def enlarge(model):
+    """Random weights large enough for tokens to matter to each other."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def random_items(count, low=1, high=9):
+    """Contexts and endings of random ids and lengths."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids():
+        n = torch.randint(low, high, (), generator=generator)
+        return torch.randint(97, (n,), generator=generator).tolist()
+
+    return [(ids(), [ids() for _ in range(4)]) for _ in range(count)]
+
+
+def plain_sums(model, items):
+    """The definition: one row at a time, no batch, no filling, no packing."""
+    sums = []
+    for context, endings in items:
+        four = []
+        for ending in endings:
+            with torch.no_grad():
+                out = model(torch.tensor([context + ending]))
+            logp = getattr(out, "logits", out)[0].log_softmax(-1)
+            start = len(context) - 1
+            four.append(
+                sum(logp[start + i, t].item() for i, t in enumerate(ending))
+            )
+        sums.append(four)
+    return torch.tensor(sums)

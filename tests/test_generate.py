@@ -1,30 +1,20 @@
-"""Chapter 11: the cache, sampling and the loop."""
-
-import copy
+"""Chapter 11: the cache, sampling, the loop, and guesses from the text."""
 
 import pytest
 import torch
 
-from llama_tut import generate as generation
 from llama_tut.config import LlamaConfig
 from llama_tut.generate import (
-    Bfloat16Linear,
-    FastModel,
-    FourBitLinear,
     KVCache,
     Reader,
-    four_bit_linear,
+    choose,
     generate,
-    guess,
     left_pad,
-    look_up,
-    pack_weights,
     probabilities,
+    prompt_lookup,
     speculate,
     stream,
-    stream_greedy,
-    text_pieces,
-    to_levels,
+    stream_guessing,
 )
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.tools.files import InputError
@@ -131,6 +121,13 @@ def test_top_p_keeps_the_token_that_crosses():
     torch.testing.assert_close(probabilities(p.log(), top_p=1.0), p)
     both = probabilities(p.log(), top_k=3, top_p=0.8)
     torch.testing.assert_close(both, torch.tensor([[0, 2 / 3, 0, 1 / 3]]))
+    equal = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    expected = torch.tensor([[2 / 3, 1 / 3, 0, 0]])
+    # Two tokens reach 0.75 exactly: the third is not needed.
+    torch.testing.assert_close(probabilities(equal, top_p=0.75), expected)
+    only = torch.tensor([[1.0, 0, 0, 0]])
+    torch.testing.assert_close(probabilities(equal, top_p=0.5), only)
+    torch.testing.assert_close(probabilities(p.log(), top_k=10**20), p)
     hot = probabilities(p.log(), temperature=0.5)
     torch.testing.assert_close(hot, p**2 / (p**2).sum())
 
@@ -209,6 +206,8 @@ def test_generation_leaves_no_trace(model):
         ([[61]], {}, "tokens 61 to 61, the model has 61"),
         ([[-1]], {}, "tokens -1 to"),
         ([[1]], {"temperature": -0.1}, "temperature"),
+        ([[1]], {"temperature": 1e-30}, "temperature"),
+        ([[1]], {"temperature": float("nan")}, "temperature"),
         ([[1]], {"top_k": 0}, "top_k"),
         ([[1]], {"top_p": 0.0}, "top_p"),
         ([[1]], {"top_p": 1.1}, "top_p"),
@@ -220,223 +219,127 @@ def test_bad_requests_are_refused(model, ids, options, message):
         generate(model, torch.tensor(ids).long(), **(few | options))
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[1, 1, 1], [1, 1, 0]],  # on the right
+        [[1, 1, 1], [1, 0, 1]],  # in the middle
+        [[1, 1, 1], [0, 0, 0]],
+        [[1, 1], [0, 1]],
+    ],
+)
+def test_padding_elsewhere_than_on_the_left_is_refused(model, mask):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    with pytest.raises(InputError, match="padding on the left"):
+        generate(model, ids, 2, attention_mask=torch.tensor(mask))
 
-    def decode(self, ids, **_):
-        return bytes(ids).decode("utf-8", errors="replace")
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_model_is_named(value, options):
+    model = build()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(value)
+    with pytest.raises(InputError, match="logits are not finite"):
+        generate(model, torch.tensor([[1, 2]]), 2, **options)
+    with pytest.raises(InputError, match="logits are not finite"):
+        list(stream_guessing(model, torch.tensor([[1, 2]]), 2))
+    with pytest.raises(InputError, match="logits are not finite"):
+        choose(torch.tensor([[0.0, value]]))
 
 
-def test_text_is_held_back_until_its_character_is_whole():
-    text = "a π 🦙 z"
-    pieces = list(text_pieces(Bytes(), text.encode()))
-    assert "".join(pieces) == text
-    assert pieces.count("") == 1 + 3
-    rest = text_pieces(Bytes(), text.encode()[2:], text.encode()[:2])
-    assert "".join(rest) == text[2:]
-
+# Guesses from the text
 
 PROMPT = torch.tensor([[5, 17, 3, 44]])
 
 
-def new_tokens(model, draft, new=20, **options):
-    """The tokens of `stream_greedy`, as a list."""
-    found = stream_greedy(FastModel(model), draft, PROMPT, new, **options)
-    return [token.item() for token in found]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_packed_weights_compute_the_same(tied):
-    plain = build(tie_word_embeddings=tied)
-    packed = pack_weights(copy.deepcopy(plain))
-    ids = torch.randint(61, (2, 9))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            packed(ids), plain(ids), atol=1e-4, rtol=1e-4
-        )
-    assert (
-        generate(packed, ids, 9).tolist() == generate(plain, ids, 9).tolist()
-    )
-
-
-@pytest.mark.parametrize("ahead", [1, 3, 16])
-@pytest.mark.parametrize("drafted_by", ["itself", "few bits", "noise", None])
-def test_a_guess_never_changes_the_tokens(drafted_by, ahead):
-    """Whatever the draft guesses, the text is the model's own greedy one."""
-    model = build(hidden_size=96, intermediate_size=96)  # fits four bits
-    noise = copy.deepcopy(model)
-    torch.nn.init.normal_(noise.model.layers[1].mlp.up_proj.weight)
-    drafts = {
-        "itself": FastModel(model),
-        "few bits": FastModel(model, four_bit_linear, Bfloat16Linear),
-        "noise": FastModel(noise),
-        None: None,
-    }
-    few = drafts["few bits"].layers[0]
-    assert all(
-        isinstance(linear, FourBitLinear)
-        for linear in (few.qkv, few.out, few.gate_up, few.down)
-    )
-    wanted = generate(model, PROMPT, 20)[0, 4:].tolist()
-    assert new_tokens(model, drafts[drafted_by], ahead=ahead) == wanted
-
-
-def test_a_perfect_draft_is_always_right(model, monkeypatch):
-    monkeypatch.setattr(generation, "look_up", lambda *_: [])
-    fast = FastModel(model)
-    rounds = speculate(Reader(fast, 60), fast, PROMPT[0].tolist(), 5)
-    assert [len(next(rounds)) for _ in range(4)] == [1, 6, 6, 6]
-
-
-def test_a_wrong_draft_leaves_nothing_behind(model, monkeypatch):
-    """Each round gives one token, and the memory holds exact keys again."""
-    monkeypatch.setattr(generation, "look_up", lambda *_: [])
-    wrong = [60, 59, 58, 57, 56]
-    monkeypatch.setattr(generation, "guess", lambda *_: wrong)
-    wanted = generate(model, PROMPT, 8)[0, 4:].tolist()
-    assert not set(wrong) & set(wanted)
-    reader = Reader(FastModel(model), 60)
-    rounds = speculate(reader, reader.model, PROMPT[0].tolist(), 5)
-    assert [t for _ in range(8) for t in next(rounds)] == wanted
-    exact = Reader(reader.model, 60)
-    exact.read([*PROMPT[0].tolist(), *wanted[:-1]])
-    assert exact.length == reader.length
-    for held, right in zip(reader.memory, exact.memory, strict=True):
-        for a, b in zip(held, right, strict=True):
-            torch.testing.assert_close(
-                a[:, :, : reader.length], b[:, :, : reader.length]
-            )
-
-
-def test_guessing_leaves_the_reader_as_it_was(model, monkeypatch):
-    fast, text = FastModel(model), [*PROMPT[0].tolist(), 9]
-    reader = Reader(fast, 20)
-    reader.read(text[:-1])
-    with torch.no_grad():
-        assert guess(reader, None, text, 4) == []
-        wanted = generate(model, torch.tensor([text]), 4)[0, 5:].tolist()
-        monkeypatch.setattr(generation, "look_up", lambda *_: [])
-        assert guess(reader, fast, text, 4) == wanted
-        assert reader.length == 4
-
-
-def test_the_text_takes_over_from_the_draft(model, monkeypatch):
-    """One token by the draft, then the text was here before."""
-    text = [5, 17, 3, 44, 8, 17, 3]
-    draft = FastModel(model)
-    reader = Reader(draft, 20)
-    reader.read(text[:-1])
-    steps = []
-
-    def read(tokens, by):
-        steps.append(tokens)
-        return torch.eye(61)[[44]]
-
-    monkeypatch.setattr(reader, "read", read)
-    assert guess(reader, draft, text, 3) == [44, 8, 17, 3, 44, 8]
-    assert steps == [[3]]
+def guessed(model, new=20, **options):
+    """The tokens of `stream_guessing`, as a list."""
+    return [t.item() for t in stream_guessing(model, PROMPT, new, **options)]
 
 
 def test_looking_up_takes_the_latest_place_and_goes_round():
-    assert look_up([1, 2, 3, 8, 1, 2, 3, 9, 1, 2, 3], 5) == [9, 1, 2, 3, 9]
-    assert look_up([4, 4, 4, 4], 3) == [4, 4, 4]
-    assert look_up([1, 2, 3], 3) == []
-    assert look_up([], 3) == []
-    assert look_up([7, 1, 7], 2, size=1) == [1, 7]
+    text = [1, 2, 3, 8, 1, 2, 3, 9, 1, 2, 3]
+    assert prompt_lookup(text, 5) == [9, 1, 2, 3, 9]
+    assert prompt_lookup([4, 4, 4, 4], 3) == [4, 4, 4]
+    assert prompt_lookup([1, 2, 3], 3) == []
+    assert prompt_lookup([], 3) == []
+    assert prompt_lookup([7, 1, 7], 2, size=1) == [1, 7]
 
 
-def test_levels_are_off_by_half_a_step_at_most():
-    torch.manual_seed(0)
-    weight = torch.randn(48, 96)
-    weight[5] = 0  # a row without a range
-    weight[6] = 3.0
-    levels, scales = to_levels(weight)
-    assert levels.min() == 0 and levels.max() == 15
-    step, middle = scales.float().transpose(0, 1).unbind(-1)  # [O, G]
-    found = (
-        middle[..., None]
-        + (levels.unflatten(1, (-1, 32)) - 8) * step[..., None]
-    )
-    error = (found.flatten(1) - weight).abs().unflatten(1, (-1, 32))
-    # And bfloat16's rounding of step and middle, 2**-9 of 8 steps and of m.
-    slack = (8 * step.abs() + middle.abs() + 8 * step) * 2**-8
-    assert (error <= (step / 2 + slack)[..., None] + 1e-9).all()
-    product = FourBitLinear(weight)(torch.eye(96)).T
-    torch.testing.assert_close(
-        product, found.flatten(1), rtol=2**-7, atol=1e-3
-    )
+@pytest.mark.parametrize("ahead", [1, 3, 16])
+@pytest.mark.parametrize("guesser", ["text", "noise", "itself", "nothing"])
+def test_a_guess_never_changes_the_tokens(model, guesser, ahead):
+    """Whatever is guessed, the text is the model's own greedy one."""
+    wanted = generate(model, PROMPT, 20)[0, 4:].tolist()
+    random = torch.Generator().manual_seed(0)
+
+    class Guesser(Reader):
+        def propose(self, text, ahead):
+            if guesser == "noise":
+                return torch.randint(61, (ahead,), generator=random).tolist()
+            if guesser == "itself":  # right, up to the last one
+                done = len(text) - PROMPT.shape[1]
+                return (wanted[done:] + [0] * ahead)[:ahead]
+            return []
+
+    make = Reader if guesser == "text" else Guesser
+    assert guessed(model, ahead=ahead, make_reader=make) == wanted
 
 
-def test_matrices_that_do_not_fit_stay_in_16_bits():
-    kinds = [
-        type(four_bit_linear(torch.randn(*s)))
-        for s in ((48, 64), (40, 64), (48, 80))
-    ]
-    assert kinds == [FourBitLinear, Bfloat16Linear, Bfloat16Linear]
+def test_right_guesses_save_passes(model):
+    wanted = generate(model, PROMPT, 40)[0, 4:].tolist()
+
+    class Oracle(Reader):
+        def propose(self, text, ahead):
+            done = len(text) - PROMPT.shape[1]
+            return wanted[done : done + ahead]
+
+    rounds = speculate(Oracle(model, 64), PROMPT[0].tolist(), 5)
+    assert [len(next(rounds)) for _ in range(4)] == [1, 6, 6, 6]
+
+
+def test_a_wrong_guess_leaves_nothing_behind(model):
+    """Each round gives one token, and the cache holds exact keys again."""
+    wanted = generate(model, PROMPT, 8)[0, 4:].tolist()
+    wrong = [60, 59, 58, 57, 56]
+    assert not set(wrong) & set(wanted)
+
+    class Wrong(Reader):
+        def propose(self, text, ahead):
+            return wrong
+
+    reader = Wrong(model, 60)
+    rounds = speculate(reader, PROMPT[0].tolist(), 5)
+    assert [t for _ in range(8) for t in next(rounds)] == wanted
+    exact = Reader(model, 60)
+    exact.read([*PROMPT[0].tolist(), *wanted[:-1]], 1)
+    n = exact.cache.length
+    assert reader.cache.length == n
+    for held, right in zip(reader.cache, exact.cache, strict=True):
+        for name in ("keys", "values"):
+            a, b = getattr(held, name), getattr(right, name)
+            torch.testing.assert_close(a[:, :, :n], b[:, :, :n])
 
 
 def test_guessing_stops_where_streaming_stops(model):
-    fast = FastModel(model)
     wanted = [t.item() for t in stream(model, PROMPT, 20)]
     stop = wanted[7]
     cut = wanted[: wanted.index(stop) + 1]
-    assert new_tokens(model, fast, stop_tokens=[stop]) == cut
-    assert len(new_tokens(model, fast, new=1)) == 1
-    assert new_tokens(model, fast, new=0) == []
-    assert new_tokens(model, fast, new=3, ahead=8) == wanted[:3]
+    assert guessed(model, stop_tokens=[stop]) == cut
+    assert guessed(model, new=1) == wanted[:1]
+    assert guessed(model, new=0) == []
+    assert guessed(model, new=3) == wanted[:3]
 
 
-@pytest.mark.parametrize("drafted", [True, False])
-def test_guessing_fills_the_context_to_its_end(model, drafted):
+def test_guessing_fills_the_context_to_its_end(model):
     """The last guesses reach past the context; the tokens do not."""
     wanted = generate(model, PROMPT, 60)[0, 4:].tolist()
-    draft = FastModel(model) if drafted else None
-    assert new_tokens(model, draft, new=60) == wanted
+    assert guessed(model, new=60) == wanted
 
 
 def test_guessing_refuses_what_cannot_work(model):
-    fast, two = FastModel(model), PROMPT.expand(2, 4)
     with pytest.raises(InputError, match="one prompt"):
-        list(stream_greedy(fast, fast, two, 3))
+        list(stream_guessing(model, PROMPT.expand(2, 4), 3))
     with pytest.raises(InputError, match="do not fit"):
-        new_tokens(model, fast, new=61)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_operators_compute_the_same(tied, dtype):
-    """Also after tokens were taken back; bfloat16 within its rounding."""
-    model = build(tie_word_embeddings=tied).to(dtype)
-    ids = torch.randint(61, (12,)).tolist()
-    with torch.no_grad():
-        wanted = model(torch.tensor([ids]))[0].float()
-    reader = Reader(FastModel(model), 20)
-    found = [reader.read(ids[:7])]
-    reader.read([1, 2, 3])
-    reader.forget(7)
-    found += [reader.read([ids[7]]), reader.read(ids[8:])]
-    close = 1e-4 if dtype == torch.float32 else 0.05 * wanted.std().item()
-    difference = (torch.cat(found).float() - wanted).abs()
-    assert difference.mean() < close
-    if dtype == torch.float32:
-        assert difference.max() < 10 * close
-
-
-@pytest.mark.slow
-def test_compiled_steps_give_the_same_tokens(monkeypatch):
-    """And other prompts, of other lengths, compile nothing anew."""
-    # Autotuning takes a minute and changes no formula.
-    monkeypatch.setitem(generation.COMPILE, "max_autotune", False)
-    model = build(num_hidden_layers=1)
-    fast = FastModel(model, compiled=True)
-    reader = Reader(fast, 40)
-    for prompt, stance in (
-        ([5, 17, 3], "default"),
-        ([9, 2], "fail_on_recompile"),
-    ):
-        reader.forget(0)
-        rounds = speculate(reader, fast, prompt, 3)
-        with torch.compiler.set_stance(stance):
-            found = [t for _ in range(4) for t in next(rounds)]
-        wanted = generate(model, torch.tensor([prompt]), len(found))
-        assert found == wanted[0, len(prompt) :].tolist()
+        guessed(model, new=61)

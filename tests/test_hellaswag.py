@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_model import enlarge, plain_sums, random_items, special_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,29 +21,24 @@ from transformers import (
 )
 
 from llama_tut.config import LlamaConfig
-from llama_tut.generate import pack_weights
+from llama_tut.fast.generation import pack_weights
+from llama_tut.fast.scoring import score_packed
 from llama_tut.hellaswag import (
     Example,
     accuracy,
-    body_and_head,
     clean,
     encode,
     make_example,
-    mcnemar,
-    pack,
-    packed_length,
-    packed_mask,
     read_examples,
-    read_predictions,
     score,
     score_items,
-    score_packed,
     score_rows,
-    write_predictions,
 )
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.tools.files import InputError
+from llama_tut.tools.predictions import read_predictions
 from llama_tut.tools.pretrained import find_pretrained
+from llama_tut.tools.statistics import mcnemar
 from llama_tut.weights import load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,87 +55,48 @@ SIZES = dict(
 )
 
 
-def enlarge(model):
-    """Random weights large enough for tokens to matter to each other."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-def random_items(count, low=1, high=9):
-    """Contexts and endings of random ids and lengths."""
-    generator = torch.Generator().manual_seed(1)
-
-    def ids():
-        n = torch.randint(low, high, (), generator=generator)
-        return torch.randint(97, (n,), generator=generator).tolist()
-
-    return [(ids(), [ids() for _ in range(4)]) for _ in range(count)]
-
-
-def plain_sums(model, items):
-    """The definition: one row at a time, no batch, no filling, no packing."""
-    sums = []
-    for context, endings in items:
-        four = []
-        for ending in endings:
-            with torch.no_grad():
-                out = model(torch.tensor([context + ending]))
-            logp = getattr(out, "logits", out)[0].log_softmax(-1)
-            start = len(context) - 1
-            four.append(
-                sum(logp[start + i, t].item() for i, t in enumerate(ending))
-            )
-        sums.append(four)
-    return torch.tensor(sums)
-
-
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
-def test_every_way_gives_the_sum_of_the_definition(tied, whose):
+def test_rows_give_the_sum_of_the_definition(whose):
     if whose == "ours":
-        config = LlamaConfig(**SIZES, tie_word_embeddings=tied)
-        model = enlarge(LlamaForCausalLM(config))
+        model = enlarge(LlamaForCausalLM(LlamaConfig(**SIZES)))
     else:
-        config = TheirConfig(**SIZES, tie_word_embeddings=tied)
-        model = enlarge(TheirLlama(config))
+        model = enlarge(TheirLlama(TheirConfig(**SIZES)))
     items = random_items(7)
-    expected = plain_sums(model, items)
     rows = torch.tensor(score_rows(model, items))
+    expected = plain_sums(model, items)
     torch.testing.assert_close(rows, expected, rtol=0, atol=1e-3)
-    parts = body_and_head(model)
-    packed = torch.tensor(score_packed(*parts, items, rows_at_once=5))
-    torch.testing.assert_close(packed, expected, rtol=0, atol=1e-3)
 
 
-def test_ours_and_transformers_score_alike():
-    theirs = enlarge(TheirLlama(TheirConfig(**SIZES, rms_norm_eps=1e-5)))
-    ours = LlamaForCausalLM(LlamaConfig(**SIZES))
-    ours.load_state_dict(theirs.state_dict())
-    items = random_items(5)
-    a, b = (
-        torch.tensor(score_packed(*body_and_head(model), items))
-        for model in (ours, theirs)
-    )
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
-
-
-def test_another_architecture_takes_four_rows():
+def test_every_causal_model_can_be_scored():
     config = GPT2Config(
         vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64
     )
     model = enlarge(GPT2LMHeadModel(config))
-    assert body_and_head(model) is None
     items = random_items(5)
     examples = [Example(i, "c", tuple("abcd"), 0) for i in range(5)]
     found = score_items(model, examples, items)
     sums = torch.tensor([p["scores"] for p in found])
     expected = plain_sums(model, items)
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-3)
-    with pytest.raises(InputError, match="packed"):
-        score_items(model, examples, items, packed=True)
+
+
+@pytest.mark.parametrize("score_batch", [score_rows, score_packed])
+def test_what_a_model_cannot_score_is_refused(score_batch):
+    model = enlarge(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    examples = [Example(0, "c", tuple("abcd"), 0)]
+
+    def refuse(message, context, *endings):
+        with pytest.raises(InputError, match=message):
+            items = [(context, list(endings))]
+            score_items(model, examples, items, score_batch=score_batch)
+
+    refuse("token 97, the model only 97", [97], [1], [2], [3], [4])
+    refuse("token 99", [1], [1], [2], [3, 99], [4])
+    refuse("no token of its own", [1], [1], [2], [], [4])
+    refuse("an ending has 65 tokens", [1], [1] * 65, [2], [3], [4])
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    refuse("logits are not finite", [1], [1], [2], [3], [4])
 
 
 def test_too_long_rows_lose_their_beginning():
@@ -158,23 +115,6 @@ def test_too_long_rows_lose_their_beginning():
         ):
             [[expected]] = plain_sums(model, [(c, [e])]).tolist()
             assert abs(s - expected) < 1e-3
-
-
-def test_a_packed_row_by_hand():
-    packed = pack([([5, 6], [[1, 2, 3], [4], [7, 8], [9]])])
-    assert packed.ids.tolist() == [[5, 6, 1, 2, 7]]
-    assert packed.positions.tolist() == [[0, 1, 2, 3, 2]]
-    assert packed.parts.tolist() == [[0, 0, 1, 1, 3]]
-    assert packed.rows.tolist() == [1, 2, 3, 1, 1, 4, 1]
-    assert packed.targets.tolist() == [1, 2, 3, 4, 7, 8, 9]
-    assert packed.owners.tolist() == [0, 0, 0, 1, 2, 2, 3]
-    assert packed_mask(packed.parts)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
 
 
 class Words:
@@ -219,6 +159,25 @@ def test_an_empty_context_is_one_special_token():
     context, endings = encode(Words(), Example(0, "", ("a", "b c") * 2, 0))
     assert context == [96]
     assert endings == [[1], [1, 1]] * 2
+    nothing = Words()
+    nothing.eos_token_id = None
+    with pytest.raises(InputError, match="special token"):
+        encode(nothing, Example(0, "", tuple("abcd"), 0))
+
+
+@pytest.mark.parametrize("before", [[], ["<s>"]])
+@pytest.mark.parametrize("after", [[], ["</s>"]])
+def test_an_end_of_text_is_never_part_of_an_example(before, after):
+    """Some tokenizers are saved so that they end every text."""
+    tokenizer = special_tokenizer(before, after)
+    example = Example(0, "He cooks.", ("He eats.", "No", "c", "d"), 0)
+    context, endings = encode(tokenizer, example)
+    assert tokenizer.convert_ids_to_tokens(context) == [
+        *before,
+        *"HeĠcooks.",
+    ]
+    assert tokenizer.decode(endings[0]) == " He eats."
+    assert tokenizer.decode(endings[1]) == " No"
 
 
 # Text
@@ -267,6 +226,10 @@ GOOD = {"activity_label": "a", "ctx": "b", "endings": list("wxyz"), "label": 0}
         ("[1]", "line 2: no JSON object"),
         (GOOD | {"endings": ["a", "b", "c"]}, "line 2: 3 endings, must be 4"),
         (GOOD | {"endings": ["a", "b", "c", ""]}, "line 2: an empty ending"),
+        (GOOD | {"endings": ["a", "b", "c", "  "]}, "an empty ending"),
+        (GOOD | {"endings": ["a", "b", "c", "[header]"]}, "an empty ending"),
+        (GOOD | {"endings": ["a", "b", "c", 4]}, "an ending is no text"),
+        ("[" * 100_000, "line 2: not JSON"),
         (GOOD | {"endings": "abcd"}, "line 2: endings is no list"),
         (GOOD | {"label": 4}, "line 2: label '4', not 0 to 3"),
         (GOOD | {"label": ""}, "line 2: label '', not 0 to 3"),
@@ -283,6 +246,18 @@ def test_bad_lines_are_named(tmp_path, line, message):
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(read_examples(file, limit=1)) == 1
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    """JSON may hold other line ends; half a surrogate pair is replaced."""
+    file = tmp_path / "odd.jsonl"
+    texts = ["eats\u2028now", "he said\x85 no", "\x0b\x1c b", "c"]
+    line = json.dumps(GOOD | {"endings": texts}, ensure_ascii=False)
+    half = json.dumps(GOOD | {"ctx": "a \ud83d b", "endings": list("wxyz")})
+    file.write_bytes(f"\ufeff{line}\r\n\n{half}".encode())
+    first, second = read_examples(file)
+    assert first.endings[:2] == tuple(texts[:2])
+    assert second.context == "a: a ? b"
 
 
 def test_bad_files_are_named(tmp_path):
@@ -321,35 +296,10 @@ def test_accuracy_and_its_error():
     assert accuracy(predictions([1]), "token") == (0.0, 0.0)
 
 
-def test_mcnemar_by_hand():
-    first = predictions([1, 1, 1, 1, 1, 0, 1, 0])
-    second = predictions([0, 0, 0, 0, 0, 1, 1, 0])
-    assert mcnemar(first, second) == (5, 1, 14 / 64)
-    assert mcnemar(second, first) == (1, 5, 14 / 64)
-    assert mcnemar(first, first) == (0, 0, 1.0)
-    many = predictions([1] * 3000), predictions([0] * 1400 + [1] * 1600)
-    assert mcnemar(*many)[2] < 1e-300
-    with pytest.raises(InputError, match="differ in examples"):
-        mcnemar(first, second[:-1])
-
-
-def test_prediction_files(tmp_path):
-    file = tmp_path / "p.jsonl"
-    rows = [p | {"scores": [-1.5] * 4} for p in predictions([1, 0, 1])]
-    write_predictions(file, rows)
-    assert read_predictions(file) == rows
-    assert list(tmp_path.iterdir()) == [file]
-    with pytest.raises(InputError, match="cannot be written"):
-        write_predictions(tmp_path / "no" / "p.jsonl", rows)
-    file.write_text('{"index": 0}\n')
-    with pytest.raises(InputError, match="line 1: no label"):
-        read_predictions(file)
-
-
 # The harness, example for example
 
 
-def agree(name, examples, lines, model, count=None):
+def agree(name, examples, lines, model, count=None, score_batch=score_rows):
     """Our predictions equal those that the harness made and we committed."""
     harness = json.loads((RESULTS / name).read_text())
     lines = lines[: harness["examples"]]
@@ -357,7 +307,8 @@ def agree(name, examples, lines, model, count=None):
     assert digest == harness["sha256_of_lines"], "made from another text"
     tokenizer = AutoTokenizer.from_pretrained(find_pretrained())
     answers = harness["answers"][:count]
-    found = score(model, tokenizer, examples[: len(answers)])
+    examples = examples[: len(answers)]
+    found = score(model, tokenizer, examples, score_batch=score_batch)
     for ours, theirs in zip(found, answers, strict=True):
         for key in ("index", "label", "pred_sum", "pred_char"):
             assert ours[key] == theirs[key]
@@ -392,18 +343,19 @@ def test_the_published_set_is_as_the_chapter_says(published):
     items = [encode(tokenizer, example) for example in examples]
     rows = sum(len(c) + len(e) - 1 for c, four in items for e in four)
     assert rows == 3_135_488
-    assert sum(map(packed_length, items)) == 1_637_687
+    packed = [len(c) + sum(len(e) - 1 for e in four) for c, four in items]
+    assert sum(packed) == 1_637_687
     assert sum(len(e) for _, four in items for e in four) == 1_178_588
 
 
 def test_published_examples_as_the_harness(published):
     file = published
     count = int(os.environ.get("LLAMA_TUT_HELLASWAG", 100))
-    lines = file.read_text().splitlines()
+    lines = file.read_text().split("\n")
     examples = read_examples(file, limit=200)
     model = pack_weights(load_pretrained().eval())
     name = "hellaswag_harness_first200.json"
-    agree(name, examples, lines, model, count)
+    agree(name, examples, lines, model, count, score_packed)
 
 
 def test_transformers_model_scores_as_ours():
@@ -421,7 +373,7 @@ def test_transformers_model_scores_as_ours():
 def whole_set(name):
     """The committed predictions of all published examples."""
     folder = ROOT / "benchmarks" / "results"
-    return read_predictions(folder / f"hellaswag_val_{name}.jsonl")
+    return read_predictions(folder / f"hellaswag_val_{name}.jsonl.gz")
 
 
 def test_the_whole_set_is_predicted_as_by_transformers():

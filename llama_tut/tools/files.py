@@ -1,8 +1,10 @@
 """Files: one way to refuse bad input, one atomic write, one reader of JSON lines."""
 
+import gzip
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 
 
@@ -68,6 +70,24 @@ def write_json(path, value):
     write_atomic(path, text.encode() + b"\n")
 
 
+def write_jsonl(path, records):
+    """Write one JSON object a line, atomically; compressed if named .gz.
+
+    Raises:
+        InputError: the file cannot be written.
+        ValueError: a value is an infinity or a NaN, which is no JSON.
+    """
+    lines = [json.dumps(record, allow_nan=False) for record in records]
+    data = "".join(line + "\n" for line in lines).encode()
+    if str(path).endswith(".gz"):
+        data = gzip.compress(data, mtime=0)  # the same bytes each time
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path} cannot be written: {reason}") from error
+
+
 def read_json(path):
     """The dictionary in a JSON file.
 
@@ -90,7 +110,7 @@ def read_jsonl(path, cut_off="refuse"):
     """Yield (line number, dictionary) for each line that is not blank.
 
     Lines end at "\\n" only: JSON may hold other line ends, such as U+2028. A
-    byte order mark is skipped.
+    byte order mark is skipped. A name that ends in .gz is decompressed.
 
     Args:
         cut_off: "drop" leaves out a last line without its line end, as a
@@ -99,8 +119,9 @@ def read_jsonl(path, cut_off="refuse"):
     Raises:
         InputError: the file cannot be read, or a line holds no JSON object.
     """
+    opener = gzip.open if str(path).endswith(".gz") else open
     try:
-        with open(path, "rb") as lines:
+        with opener(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -108,8 +129,9 @@ def read_jsonl(path, cut_off="refuse"):
                     continue
                 if line.strip():
                     yield number, read_line(path, number, line)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: {reason}") from error
 
 
 def read_line(path, number, line):
