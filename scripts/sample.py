@@ -55,6 +55,12 @@ def build_parser():
     return parser
 
 
+def encode(tokenizer, prompt, chat):
+    """The prompt's ids [1, T]."""
+    ids = (encode_chat if chat else encode_prompt)(tokenizer, prompt)
+    return torch.tensor([ids], dtype=torch.long)
+
+
 def check(args):
     """Find bad options before the model is loaded."""
     require(
@@ -111,9 +117,7 @@ def main():
     args.model = find_pretrained(args.model)
     model, tokenizer = load(args, packed=not (args.plain or args.fast))
     stops = stop_tokens(args.model, tokenizer)
-    encode = encode_chat if args.chat else encode_prompt
-    ids = [encode(tokenizer, args.prompt)]
-    ids = torch.tensor(ids, dtype=torch.long, device=args.device)  # [1, T]
+    ids = encode(tokenizer, args.prompt, args.chat).to(args.device)
     room = model.config.max_position_embeddings - ids.shape[1]
     new = args.max_new_tokens or max(1, min(100, room))
     check_request(model.config, ids, new)
@@ -122,8 +126,9 @@ def main():
     pieces = text_pieces(tokenizer, tokens, ids[0].tolist())
     first = next(pieces)  # nothing is printed before a damaged model is seen
     print(first if args.chat else args.prompt + first, end="", flush=True)
-    for count, piece in enumerate(pieces, 2):
+    for piece in pieces:
         print(piece, end="", flush=True)
+        count += 1
     print()
     if args.stats:
         rate = count / (time.perf_counter() - start)

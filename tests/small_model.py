@@ -1,9 +1,12 @@
 """A small random model with a tokenizer, and a way to call scripts in this process."""
 
+import math
+import shutil
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -16,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.tools import cli
-from llama_tut.weights import save_pretrained
+from llama_tut.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +55,16 @@ def save_small_model(folder):
     return folder
 
 
+def damage(folder, out):
+    """A copy of a model's folder whose last norm is NaN."""
+    shutil.copytree(folder, out)
+    model = load_pretrained(out)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    save_file(model.state_dict(), out / "model.safetensors", {"format": "pt"})
+    return out
+
+
 def caller(name, monkeypatch, capsys):
     """A function that calls scripts/NAME.py: (exit code, stdout, stderr)."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
@@ -82,7 +95,7 @@ def refused(result, *words):
 def special_tokenizer(before, after):
     """Bytes as tokens; `before` and `after` stand around every text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<s>", "</s>", *letters]
+    names = ["<s>", "</s>", *letters[:-1]]  # 257, as the small model has
     core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from small_model import caller, refused, save_small_model
+from small_model import caller, damage, refused, save_small_model
 
 from llama_tut.hellaswag import accuracy, read_examples
 
@@ -61,7 +61,7 @@ def test_every_way_gives_the_same_predictions(folder, evaluate, tmp_path):
     file, first = write(tmp_path / "x.jsonl"), tmp_path / "a.jsonl"
     always = ("--model", folder, "--hellaswag", file)
     assert evaluate(*always, "--predictions", first)[0] == 0
-    for way in ("--four-rows", "--transformers"):
+    for way in ("--plain", "--four-rows", "--transformers"):
         code, text, err = evaluate(*always, way, "--compare", first)
         assert (code, err) == (0, "")
         assert text.count("only 0, there only 0, p 1.000; 3 of 3") == 3
@@ -69,8 +69,8 @@ def test_every_way_gives_the_same_predictions(folder, evaluate, tmp_path):
 
 def test_bad_examples_are_one_line(folder, evaluate, tmp_path):
     cases = {
-        "line 3: 3 endings": {"endings": ["a", "b", "c"]},
-        "line 3: label '7'": {"label": 7},
+        ", line 3: 3 endings": {"endings": ["a", "b", "c"]},
+        ", line 3: label '7'": {"label": 7},
     }
     for word, changes in cases.items():
         file, out = write(tmp_path / "x.jsonl", **changes), tmp_path / "out"
@@ -119,3 +119,21 @@ def test_predictions_of_other_examples_are_refused(folder, evaluate, tmp_path):
     always = ("--model", folder, "--hellaswag", file, "--limit")
     assert evaluate(*always, 2, "--predictions", out)[0] == 0
     refused(evaluate(*always, 3, "--compare", out), "is about other examples")
+
+
+def test_a_damaged_model_is_one_line(folder, evaluate, tmp_path):
+    damaged = damage(folder, tmp_path / "damaged")
+    file, out = write(tmp_path / "x.jsonl"), tmp_path / "p.jsonl"
+    options = ("--hellaswag", file, "--predictions", out)
+    for way in ((), ("--plain",), ("--transformers",)):
+        found = evaluate("--model", damaged, *options, *way)
+        refused(found, "the model's logits are not finite")
+        assert not out.exists()
+
+
+def test_predictions_may_be_compressed(folder, evaluate, tmp_path):
+    file, out = write(tmp_path / "x.jsonl"), tmp_path / "p.jsonl.gz"
+    always = ("--model", folder, "--hellaswag", file)
+    assert evaluate(*always, "--predictions", out)[0] == 0
+    code, text, _ = evaluate(*always, "--compare", out)
+    assert code == 0 and text.count("3 of 3") == 3

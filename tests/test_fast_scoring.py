@@ -125,7 +125,7 @@ def test_models_that_count_positions_themselves_take_rows(packed_calls):
 
 
 def test_an_example_that_exceeds_the_context_takes_rows(packed_calls):
-    model = ours(max_position_embeddings=12)
+    model = ours(max_position_embeddings=16)
     items = random_items(9, low=3, high=12)
     examples = [Example(i, "c", tuple("abcd"), i % 4) for i in range(9)]
     plain, packed = (

@@ -7,7 +7,15 @@ import sys
 
 import pytest
 import torch
-from small_model import ROOT, byte_tokenizer, caller, refused, save_small_model
+from small_model import (
+    ROOT,
+    byte_tokenizer,
+    caller,
+    damage,
+    refused,
+    save_small_model,
+    special_tokenizer,
+)
 
 from llama_tut.generate import generate
 from llama_tut.weights import load_pretrained
@@ -62,6 +70,13 @@ def test_the_text_fills_the_context_and_ends(folder, sample):
         (["--prompt", "x", "--chat"], ["chat template"]),
         (["--prompt", "x", "--max-new-tokens", 0], ["--max-new-tokens"]),
         (["--prompt", "x", "--chunk-size", 0], ["--chunk-size"]),
+        (["--prompt", "x", "--seed", 10**20], ["--seed", "64 bits"]),
+        (["--prompt", "x\udcff"], ["--prompt", "UTF-8"]),
+        (["--prompt", "x", "--temperature", 1e-30], ["temperature"]),
+        (
+            ["--prompt", "x", "--temperature", 0, "--fast", "--plain"],
+            ["--fast and --plain"],
+        ),
         (["--prompt", "x", "--colour", "red"], ["--colour"]),
         (["--prompt", "x", "--device", "cuda:77"], ["device"]),
         ([], ["--prompt"]),
@@ -96,9 +111,76 @@ def test_bad_folders_are_one_line(folder, sample, tmp_path):
         refused(sample("--model", path, "--prompt", "x"), word)
 
 
-def test_fast_gives_the_same_text(folder, sample):
+@pytest.mark.parametrize(
+    "way", [("--plain",), ("--fast",), ("--chunk-size", 2)]
+)
+def test_every_way_gives_the_same_text(folder, sample, way):
     always = ("--model", folder, "--prompt", "To be", "--temperature", "0")
-    assert sample(*always)[1] == sample(*always, "--fast")[1]
+    code, text, err = sample(*always)
+    assert (code, err) == (0, "")
+    assert sample(*always, *way)[1] == text
+
+
+def test_plain_samples_are_those_of_packed_weights(folder, sample):
+    always = ("--model", folder, "--prompt", "To be", "--seed", 3)
+    assert sample(*always)[1] == sample(*always, "--plain")[1]
+
+
+def test_large_numbers_are_no_tracebacks(folder, sample):
+    always = ("--model", folder, "--prompt", "x", "--max-new-tokens", 2)
+    large = ("--top-k", 10**20, "--chunk-size", 10**20)
+    assert sample(*always, *large)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--temperature", 0), ("--temperature", 0, "--fast")]
+)
+def test_a_damaged_model_is_one_line(folder, sample, tmp_path, options):
+    damaged = damage(folder, tmp_path / "damaged")
+    found = sample("--model", damaged, "--prompt", "the", *options)
+    refused(found, "the model's logits are not finite")
+
+
+def test_stops_named_for_generation_count(folder, sample, tmp_path):
+    """Chat models often name the end of an answer only there."""
+    always = ("--prompt", "To be", "--temperature", "0", "--stats")
+    always += ("--max-new-tokens", 12)
+    tokenizer, model = byte_tokenizer(), load_pretrained(folder)
+    ids = torch.tensor([tokenizer("To be").input_ids])
+    new = generate(model, ids, 12)[0, 5:].tolist()
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    text = json.dumps({"eos_token_id": [256, new[3]]})
+    (other / "generation_config.json").write_text(text)
+    wanted = new.index(new[3]) + 1
+    assert sample("--model", other, *always)[2].startswith(f"{wanted} tokens")
+    (other / "generation_config.json").write_text("{")
+    refused(sample("--model", other, *always), "generation_config.json")
+
+
+def test_a_tokenizer_that_ends_texts_does_not_end_the_prompt(
+    folder, sample, tmp_path
+):
+    texts = []
+    for after in ([], ["</s>"]):
+        other = tmp_path / f"other{len(after)}"
+        shutil.copytree(folder, other)
+        special_tokenizer(["<s>"], after).save_pretrained(other)
+        always = ("--model", other, "--prompt", "To be", "--temperature", 0)
+        texts.append(sample(*always))
+        assert texts[-1][0] == 0
+    assert texts[0] == texts[1]
+
+
+def test_a_token_outside_the_vocabulary_is_one_line(folder, sample, tmp_path):
+    """Refused only where the prompt really holds it."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(other)
+    found = sample("--model", other, "--prompt", "a<pad>b")
+    refused(found, "257", "the tokenizer")
 
 
 @pytest.mark.parametrize(
