@@ -13,8 +13,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from llama_tut.tools.files import InputError, flush, write_json
+from llama_tut.tools.files import (
+    InputError,
+    flush,
+    read_json,
+    require,
+    write_json,
+)
 
 # Random states
 
@@ -37,38 +48,40 @@ def set_random_states(states):
 # The optimizer's state, by name
 
 
-def parameter_names(model, optimizer):
-    """Names of the optimizer's parameters, in its own order."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = optimizer.param_groups
-    return [names[id(p)] for group in groups for p in group["params"]]
-
-
 def optimizer_tensors(model, optimizer):
     """{"PARAMETER/KEY": tensor} of all the optimizer's state, Adam's `step`
     among it; a plain number becomes a tensor."""
-    names = parameter_names(model, optimizer)
-    state = optimizer.state_dict()["state"]
+    if not optimizer.state:  # torch would take a step of length 0 to make one
+        return {}
     return {
-        f"{names[i]}/{key}": torch.as_tensor(value)
-        for i, entry in state.items()
+        f"{name}/{key}": torch.as_tensor(value)
+        for name, entry in get_optimizer_state_dict(model, optimizer)[
+            "state"
+        ].items()
         for key, value in entry.items()
         if value is not None
     }
 
 
 def set_optimizer_tensors(model, optimizer, tensors):
-    """Put back what `optimizer_tensors` gave."""
-    number = {n: i for i, n in enumerate(parameter_names(model, optimizer))}
-    state = {}
+    """Put back what `optimizer_tensors` gave. Groups and options stay."""
+    found = get_optimizer_state_dict(model, optimizer)
+    found["state"] = {}
     for full, tensor in tensors.items():
         name, key = full.rsplit("/", 1)
-        state.setdefault(number[name], {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        found["state"].setdefault(name, {})[key] = tensor
+    may_lack = StateDictOptions(strict=False)  # no gradient yet: no state
+    set_optimizer_state_dict(model, optimizer, found, options=may_lack)
 
 
 # Was it written, and is it still that?
+
+FILES = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "state.json",
+)
 
 
 def checksum(path):
@@ -80,8 +93,11 @@ def checksum(path):
 def write_manifest(folder, step):
     """Write manifest.json: what belongs to this checkpoint."""
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)}
-        for path in sorted(folder.iterdir())
+        name: {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": checksum(folder / name),
+        }
+        for name in FILES
     }
     manifest = {"format": 1, "step": step, "files": files}
     write_json(folder / "manifest.json", manifest)
@@ -92,25 +108,33 @@ def step_name(step):
     return f"step_{step:08d}"
 
 
-def damage(path):
-    """What is wrong with the checkpoint at `path`; None when it is valid."""
+def verify_checkpoint(path):
+    """What is wrong with the checkpoint at `path`; None when it is valid.
+
+    Raises: InputError when it may not be read, or is of a newer version.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        files = manifest["files"]
-        if (manifest["format"], step_name(manifest["step"])) != (1, path.name):
+        version, files = manifest["format"], manifest["files"]
+        if isinstance(version, int) and version > 1:
+            raise InputError(f"{path} was written by a newer llama_tut")
+        if (version, step_name(manifest["step"])) != (1, path.name):
             return "manifest.json belongs to another checkpoint"
-        for name, expected in files.items():
-            file = path / name
-            if not file.is_file():
+        for name in FILES:
+            if name not in files:
+                return f"manifest.json does not list {name}"
+            if not (path / name).is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != expected["bytes"]:
+            if (path / name).stat().st_size != files[name]["bytes"]:
                 return f"{name} has another size"
-            if checksum(file) != expected["sha256"]:
+            if checksum(path / name) != files[name]["sha256"]:
                 return f"{name} has another checksum"
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json cannot be read"
+    except PermissionError as error:
+        raise InputError(f"{error.filename} may not be read") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "a file of it cannot be read"
     return None
 
 
@@ -119,14 +143,16 @@ def damage(path):
 
 def write_checkpoint(folder, step, model, optimizer, state, random):
     """Write and flush the files of one checkpoint into the new `folder`."""
-    folder.mkdir(parents=True)
     weights = {n: t.contiguous() for n, t in model.state_dict().items()}
     tensors = optimizer_tensors(model, optimizer)
+    require_finite(weights, "weights", step)
+    require_finite(tensors, "optimizer's averages", step)
     drawn = {
         f"{rank}/{device}": value
         for rank, states in enumerate(random or [random_states()])
         for device, value in states.items()
     }
+    folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     save_file(tensors, folder / "optimizer.safetensors")
     save_file(drawn, folder / "random.safetensors")
@@ -135,6 +161,17 @@ def write_checkpoint(folder, step, model, optimizer, state, random):
     for path in folder.iterdir():
         flush(path)
     flush(folder)
+
+
+def require_finite(tensors, what, step):
+    """Refuse to save an infinity or a NaN. Raises: InputError."""
+    for name, tensor in tensors.items():
+        require(
+            not tensor.is_floating_point() or tensor.isfinite().all(),
+            f"the {what} are not finite at step {step} ({name}): nothing is "
+            "saved; go on from the checkpoint before with --resume and a "
+            "smaller --learning-rate",
+        )
 
 
 def save_checkpoint(
@@ -146,7 +183,8 @@ def save_checkpoint(
     checkpoints stay, `random` lists the `random_states` of the ranks (None:
     those of this process). Returns the checkpoint's path.
 
-    Raises: InputError when it cannot be written, as on a full disk.
+    Raises: InputError when it cannot be written, as on a full disk, or when a
+        number in it is not finite.
     """
     folder = Path(folder)
     final = folder / step_name(step)
@@ -157,32 +195,36 @@ def save_checkpoint(
         remove(final)
         half.rename(final)
         flush(folder)
+        # Keep `keep` checkpoints up to this one, and none of a later step.
+        found = checkpoints(folder)
+        upto = [path for path in found if path.name <= final.name]
+        remove(*upto[:-keep], *found[len(upto) :])
     except (OSError, SafetensorError) as error:
         remove(half)
-        raise InputError(refusal(final, error)) from error
-    make_room(folder, final.name, keep)
+        reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
+        raise InputError(
+            f"cannot write the checkpoint {final}: {reason}; earlier "
+            "checkpoints are intact: mend that and go on with --resume"
+        ) from error
     return final
 
 
-def refusal(path, error):
-    """The line that says why nothing was written to `path`."""
-    reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
-    return (
-        f"cannot write the checkpoint {path}: {reason}; earlier checkpoints "
-        "are intact: make room and go on with --resume"
-    )
-
-
-def make_room(folder, newest, keep):
-    """Keep `keep` checkpoints up to `newest`, none behind it."""
-    found = checkpoints(folder)
-    upto = [path for path in found if path.name <= newest]
-    remove(*upto[:-keep], *found[len(upto) :])
-
-
 def checkpoints(folder):
-    """Paths of all checkpoints in `folder`, valid or not, oldest first."""
-    return sorted(Path(folder).glob("step_" + 8 * "[0-9]"))
+    """Paths of all checkpoints in `folder`, valid or not, oldest first.
+
+    Raises: InputError when the folder may not be listed: that must not look
+        like a run that has saved nothing yet.
+    """
+    form = "step_" + 8 * "[0-9]"
+    try:
+        found = sorted(Path(folder).iterdir())
+        return [path for path in found if path.match(form) and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be read: {error.strerror}"
+        ) from error
 
 
 def remove(*folders):
@@ -192,76 +234,58 @@ def remove(*folders):
             continue
         if not path.name.startswith("."):
             path = path.rename(path.with_name(f".tmp-old-{path.name}"))
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 # Find the newest valid one
 
 
-def warn(line):
-    """One line to stderr."""
-    print(line, file=sys.stderr)
-
-
-def latest_checkpoint(folder, say=warn):
+def latest_checkpoint(folder, say=None):
     """The newest valid checkpoint in `folder`; None when there is none.
 
     Args:
-        say: called with one line for each damaged checkpoint.
+        say: called with a line for each damaged checkpoint (None: stderr).
 
-    Raises: InputError when there are checkpoints and all are damaged.
+    Raises: InputError when there are checkpoints and all are damaged, or when
+        they may not be read.
     """
     found = checkpoints(folder)
     for path in reversed(found):
-        reason = damage(path)
+        reason = verify_checkpoint(path)
         if reason is None:
             return path
-        say(f"damaged checkpoint: {path}: {reason}; trying the one before it")
-    if found:
-        raise InputError(
-            f"all {len(found)} checkpoints in {folder} are damaged: "
-            "start anew with another --out"
-        )
+        line = f"damaged checkpoint {path}: {reason}; trying the one before it"
+        print(line, file=sys.stderr) if say is None else say(line)
+    require(
+        not found,
+        f"all {len(found)} checkpoints in {folder} are damaged: start again "
+        "with another --out",
+    )
     return None
 
 
 # Load
 
 
-def compare_shapes(path, expected):
-    """Refuse the file at `path` unless it holds `expected` {name: shape}.
+def check_shapes(path, model):
+    """Refuse weights at `path` that do not fit the model.
 
     Raises: InputError naming the first tensor that differs.
     """
+    ours = {n: list(t.shape) for n, t in model.state_dict().items()}
     with safe_open(path, framework="pt") as file:
-        stored = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
-    for name in sorted(stored.keys() | expected.keys()):
-        theirs, ours = stored.get(name), expected.get(name)
-        if theirs == ours:
-            continue
-        if theirs is None or ours is None:
-            side = "checkpoint" if theirs is None else "model"
-            raise InputError(f"{path}: {name} is not in the {side}")
-        raise InputError(
-            f"{path}: {name} has the shape {list(theirs)}, the model's is "
-            f"{list(ours)}: resume with the options the run was started with"
+        theirs = {n: file.get_slice(n).get_shape() for n in file.keys()}
+    for name in sorted(ours.keys() | theirs.keys()):
+        require(name in ours, f"{path}: {name} is not in the model")
+        require(name in theirs, f"{path}: {name} is not in the checkpoint")
+        require(
+            ours[name] == theirs[name],
+            f"{path}: {name} has the shape {theirs[name]}, the model's is "
+            f"{ours[name]}: resume with the options the run was started with",
         )
-
-
-def check_optimizer(path, model):
-    """Refuse optimizer state that does not fit the model's parameters."""
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    with safe_open(path, framework="pt") as file:
-        for full in file.keys():
-            name = full.rsplit("/", 1)[0]
-            shape = tuple(file.get_slice(full).get_shape())
-            if name not in shapes:
-                raise InputError(f"{path}: {full} is not in the model")
-            if shape not in ((), shapes[name]):
-                raise InputError(
-                    f"{path}: {full} has the shape {list(shape)}, "
-                    f"its parameter has {list(shapes[name])}"
-                )
 
 
 def load_checkpoint(path, model, optimizer=None, rank=0):
@@ -273,16 +297,13 @@ def load_checkpoint(path, model, optimizer=None, rank=0):
     Raises: InputError when shapes differ; then nothing was changed.
     """
     path = Path(path)
-    weights = path / "model.safetensors"
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    compare_shapes(weights, expected)
+    check_shapes(path / "model.safetensors", model)
+    model.load_state_dict(load_file(path / "model.safetensors"))
     if optimizer is not None:
-        file = path / "optimizer.safetensors"
-        check_optimizer(file, model)
-        set_optimizer_tensors(model, optimizer, load_file(file))
-    model.load_state_dict(load_file(weights))
+        averages = load_file(path / "optimizer.safetensors")
+        set_optimizer_tensors(model, optimizer, averages)
     random = load_file(path / "random.safetensors")
     if f"{rank}/cpu" in random:
         own = {k: v for k, v in random.items() if k.startswith(f"{rank}/")}
         set_random_states({k.split("/")[1]: v for k, v in own.items()})
-    return json.loads((path / "state.json").read_text())
+    return read_json(path / "state.json")

@@ -140,7 +140,7 @@ class Muon(torch.optim.AdamW):
         self.momentum = momentum
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):  # torch's helpers pass None
         """Update every parameter that has a gradient."""
         groups = self.param_groups
         self.param_groups = [g for g in groups if not g["muon"]]

@@ -22,17 +22,9 @@ from llama_tut.checkpoint import (
 )
 from llama_tut.config import LlamaConfig, RopeScaling
 from llama_tut.distributed import (
-    Ranks,
     any_rank,
-    broadcast_object,
-    gather_objects,
-    mean_over_ranks,
     micro_step_sync,
-    rehearse,
-    shared_errors,
-    start,
-    stop,
-    wait_for_all,
+    warm_up_ddp_buckets,
     wrap,
 )
 from llama_tut.generate import generate
@@ -58,6 +50,16 @@ from llama_tut.tools.options import (
     gradient_accumulation_steps,
 )
 from llama_tut.tools.prepare import DatasetInfo, load_dataset_info
+from llama_tut.tools.ranks import (
+    Ranks,
+    broadcast_object,
+    gather_objects,
+    mean_over_ranks,
+    shared_errors,
+    start,
+    stop,
+    wait_for_all,
+)
 from llama_tut.tools.runs import (
     Recorder,
     check_finite,
@@ -144,10 +146,10 @@ def on_rank_zero(ranks, function, *arguments):
     Raises: the function's InputError, on all ranks.
     """
     answer = None
-    with shared_errors(ranks.patient):
+    with shared_errors(ranks.gloo_group):
         if ranks.rank == 0:
             answer = function(*arguments)
-    return broadcast_object(answer, ranks.patient)
+    return broadcast_object(answer, ranks.gloo_group)
 
 
 # Putting the parts together
@@ -161,7 +163,7 @@ def prepare_run(config, info, ranks, build_model, prepare_model, say):
         ranks.device,
     )
     torch.manual_seed(config.seed)
-    with shared_errors(ranks.patient):
+    with shared_errors(ranks.gloo_group):
         loader = ShardLoader(
             config.data,
             "train",
@@ -189,7 +191,7 @@ def prepare_run(config, info, ranks, build_model, prepare_model, say):
         (config.beta1, config.beta2),
     )
     ids = torch.zeros((B, T), dtype=torch.int64, device=device)
-    rehearse(parallel, ids, ids, cast)
+    warm_up_ddp_buckets(parallel, ids, ids, cast)
     run = Run(
         config, info, ranks, model, parallel, optimizer, loader, validation,
         cast, say=say,
@@ -213,7 +215,7 @@ def compile_model(model, config, ranks, autocast, say):
     except Exception as error:  # whatever the compiler's tools raise
         problem = first_line(error)
     model.zero_grad()
-    problems = list(filter(None, gather_objects(problem, ranks.patient)))
+    problems = list(filter(None, gather_objects(problem, ranks.gloo_group)))
     if not problems:
         return fast
     say(f"not compiled, going on without: {problems[0]}")
@@ -227,7 +229,7 @@ def open_what_the_end_needs(run):
     """Tokenizer, prompt, examples and items: better wrong now than later."""
     config, ranks = run.config, run.ranks
     folder = Path(config.data) / "tokenizer"
-    with shared_errors(ranks.patient):
+    with shared_errors(ranks.gloo_group):
         run.prompt = [
             run.info.end_of_text, *encode_text(folder, config.prompt)
         ]  # fmt: skip
@@ -243,7 +245,7 @@ def open_what_the_end_needs(run):
         run.examples = on_rank_zero(
             ranks, read_examples, source, config.hellaswag_limit
         )
-        with shared_errors(ranks.patient):
+        with shared_errors(ranks.gloo_group):
             measure_hellaswag(run, run.examples[:2])
     if config.choice:
         run.choices, run.baselines = on_rank_zero(
@@ -278,7 +280,7 @@ def resume(run):
     if path is None:
         run.say(f"no checkpoint in {folder}: starting at step 0")
         return
-    with shared_errors(ranks.patient):
+    with shared_errors(ranks.gloo_group):
         require(path.is_dir(), f"rank {ranks.rank} does not see {path}")
         state = read_json(path / "state.json")
         check_same_run(path, state, saved_state(run), SAME)
@@ -303,7 +305,7 @@ def resume(run):
 
 def save(run):
     """Write a checkpoint; all ranks call it, rank 0 writes."""
-    with shared_errors(run.ranks.patient):
+    with shared_errors(run.ranks.gloo_group):
         check_finite(
             run.model,
             run.optimizer,
@@ -311,7 +313,7 @@ def save(run):
             "go on from the last checkpoint with --resume and a smaller "
             "--learning-rate",
         )
-    states = gather_objects(random_states(), run.ranks.patient)
+    states = gather_objects(random_states(), run.ranks.gloo_group)
     on_rank_zero(run.ranks, write_checkpoint, run, states)
 
 

@@ -29,22 +29,31 @@ gpus() { # how many this job may use
 
 cores() { nproc 2>/dev/null || sysctl -n hw.ncpu; }
 
+refuse() { echo "error: $1" >&2; exit 2; }
+
+within() { # NAME VALUE LEAST MOST: refuse all but whole numbers in this range
+  [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] && [ "$2" -ge "$3" ] && [ "$2" -le "$4" ] ||
+    refuse "$1 is '$2': it must be a whole number from $3 to $4"
+}
+
 found=$(gpus)
 NPROC=${NPROC:-$((found > 0 ? found : 2))}
 NNODES=${NNODES:-1}
-case "$NPROC$NNODES" in
-  *[!0-9]*) echo "error: NPROC and NNODES must be whole numbers" >&2; exit 2 ;;
-esac
+within NPROC "$NPROC" 1 4096
+within NNODES "$NNODES" 1 1000000
 threads=$(($(cores) / NPROC))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
 if [ "$NNODES" -gt 1 ]; then
-  : "${NODE_RANK:?set NODE_RANK, 0 to $((NNODES - 1))}"
-  : "${MASTER_ADDR:?set MASTER_ADDR, the address of machine 0}"
+  MASTER_PORT=${MASTER_PORT:-29500}
+  within NODE_RANK "${NODE_RANK:-}" 0 $((NNODES - 1))
+  within MASTER_PORT "$MASTER_PORT" 1 65535
+  [ -n "${MASTER_ADDR:-}" ] ||
+    refuse "MASTER_ADDR is empty: set the address of machine 0"
   where=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
-    --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
-else
-  where=(--standalone)
+    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+else # the own name of a laptop or a container may have no address
+  where=(--standalone --local-addr 127.0.0.1)
 fi
 
 exec "${PYTHON:-$(python)}" "$here/torchrun.py" \

@@ -10,12 +10,12 @@ from training_setup import SHAPE
 from llama_tut import checkpoint
 from llama_tut.checkpoint import (
     checkpoints,
-    damage,
     latest_checkpoint,
     load_checkpoint,
     optimizer_tensors,
     random_states,
     save_checkpoint,
+    verify_checkpoint,
 )
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
@@ -192,7 +192,7 @@ def test_full_disk_leaves_the_earlier_one(tmp_path, monkeypatch, file, kind):
         save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=1)
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
-    assert damage(checkpoints(tmp_path)[0]) is None
+    assert verify_checkpoint(checkpoints(tmp_path)[0]) is None
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from training_setup import OPTIONS, losses, metrics, tiny_data
 
-from llama_tut.distributed import Ranks
 from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.pretraining import build_llama, llama_config, train
@@ -22,6 +21,7 @@ from llama_tut.tools.options import (
     configure,
 )
 from llama_tut.tools.prepare import load_dataset_info, prepare
+from llama_tut.tools.ranks import Ranks
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 

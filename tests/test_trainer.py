@@ -4,7 +4,6 @@ import pytest
 import torch
 from training_setup import OPTIONS, tiny_data
 
-from llama_tut.distributed import Ranks
 from llama_tut.loader import ShardLoader
 from llama_tut.optimizer import build_optimizer
 from llama_tut.pretraining import build_llama
@@ -12,6 +11,7 @@ from llama_tut.tools.options import (
     configure,
 )
 from llama_tut.tools.prepare import load_dataset_info
+from llama_tut.tools.ranks import Ranks
 from llama_tut.trainer import evaluate, train_step
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))

@@ -1,8 +1,10 @@
-"""Devices: which dtype is fast here, and what a GPU could do at best."""
+"""Devices: which one, which dtype is fast there, and what a GPU could do at best."""
 
 from contextlib import nullcontext
 
 import torch
+
+from llama_tut.tools.files import InputError
 
 
 def matmul_dtype(name, device):
@@ -39,3 +41,25 @@ def peak_flops(device):
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+def choose_device(name="auto", local_rank=0, ranks_here=1):
+    """The device of a rank: auto, cpu, cuda or mps (Apple's GPU).
+
+    Raises:
+        InputError: this machine has no such device, or too few of them.
+    """
+    gpus = torch.cuda.device_count()
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        alone = mps and ranks_here == 1
+        name = "cuda" if gpus else "mps" if alone else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device {name!r}: take auto, cpu, cuda or mps")
+    found = {"cpu": ranks_here, "cuda": gpus, "mps": int(mps)}[name]
+    if found < ranks_here:
+        raise InputError(
+            f"device {name}: {ranks_here} wanted, {found} found; "
+            "take device cpu, or start fewer ranks"
+        )
+    return torch.device(name, local_rank if name == "cuda" else None)
