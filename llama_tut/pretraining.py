@@ -22,7 +22,6 @@ from llama_tut.checkpoint import (
 )
 from llama_tut.config import LlamaConfig, RopeScaling
 from llama_tut.distributed import (
-    any_rank,
     micro_step_sync,
     warm_up_ddp_buckets,
     wrap,
@@ -52,6 +51,7 @@ from llama_tut.tools.options import (
 from llama_tut.tools.prepare import DatasetInfo, load_dataset_info
 from llama_tut.tools.ranks import (
     Ranks,
+    any_rank,
     broadcast_object,
     gather_objects,
     mean_over_ranks,

@@ -179,6 +179,12 @@ def mean_over_ranks(tensor):
     return total / dist.get_world_size()
 
 
+def any_rank(flag, device="cpu"):
+    """Whether `flag` is true on any rank. All ranks have to ask."""
+    flag = torch.tensor(float(flag), device=device)
+    return mean_over_ranks(flag).item() > 0
+
+
 def broadcast_object(value, group=None):
     """What rank 0 passed, whatever the others did."""
     box = [value]
