@@ -7,11 +7,11 @@ Letters: B batch, T time, H heads, C head_dim; `...` stands for any axes.
 import torch
 from torch import nn
 
-# How fast the hands turn
+# Frequencies
 
 
 def inverse_frequencies(config, device=None):
-    """The speed of each pair in radians a token -> [C/2], float32.
+    """The frequency of each pair in radians a token -> [C/2], float32.
 
     Source: Su et al., 2021 (arXiv 2104.09864), section 3.2.
 
@@ -68,8 +68,8 @@ class LlamaRotaryEmbedding(nn.Module):
         """
         if position_ids.dim() == 2:
             position_ids = position_ids[:, None]  # [B, 1, T]
-        speed = inverse_frequencies(self.config, position_ids.device)  # [C/2]
-        angle = position_ids[..., None].float() * speed  # [..., T, C/2]
+        frequencies = inverse_frequencies(self.config, position_ids.device)
+        angle = position_ids[..., None].float() * frequencies  # [..., T, C/2]
         return angle.cos(), angle.sin()  # [..., T, C/2], [..., T, C/2]
 
 
@@ -80,10 +80,10 @@ def apply_llama3_scaling(frequencies, scaling):
     """Slow down the pairs that turn too rarely in the original context.
 
     Source: `_compute_llama3_parameters` of transformers, after Meta's Llama
-    3.1; the order of operations is kept, so that results are equal bit for bit.
+    3.1; the order of operations is kept, so results are equal bit for bit.
 
     Args:
-        frequencies: speeds in radians a token, [C/2].
+        frequencies: radians a token, [C/2].
         scaling: a `RopeScaling`.
     """
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -97,12 +97,13 @@ def apply_llama3_scaling(frequencies, scaling):
 def scale_frequencies(frequencies, scaling):
     """Slow the pairs down for a longer context, as the config asks.
 
-        Source: the types "llama3" and "linear" of transformers; linear, which
-    X    2306.15595).
+    Source: the types "llama3" and "linear" of transformers; linear, which
+    divides each position by the factor, is from Chen et al., 2023 (arXiv
+    2306.15595).
 
-        Args:
-            frequencies: radians a token, [C/2].
-            scaling: a `RopeScaling`.
+    Args:
+        frequencies: radians a token, [C/2].
+        scaling: a `RopeScaling`.
     """
     if getattr(scaling, "rope_type", "llama3") == "linear":
         return frequencies / scaling.factor  # [C/2]

@@ -153,3 +153,63 @@ def test_linear_scaling_is_that_of_transformers(factor):
         rtol=0,
         atol=2e-2,
     )
+
+
+def turn_neighbours(x, cos, sin):
+    """The paper's layout: pairs are the numbers 2i and 2i + 1."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
+    return pairs.flatten(-2)
+
+
+def test_both_layouts_give_the_same_scores():
+    """Neighbours, moved to the half-split layout, are turned alike."""
+    q, k = torch.randn(2, 1, 7, 64).unbind()
+    order = torch.cat((torch.arange(0, 64, 2), torch.arange(1, 64, 2)))
+    tables = LlamaRotaryEmbedding(CONFIG)(torch.arange(7))
+    paper = turn_neighbours(q, *tables)
+    ours = apply_rotary(q[..., order], *tables)
+    assert torch.equal(paper[..., order], ours)
+    score = paper @ turn_neighbours(k, *tables).mT
+    same = ours @ apply_rotary(k[..., order], *tables).mT
+    torch.testing.assert_close(score, same, rtol=1e-5, atol=1e-4)
+    # The converter moves rows of the matrix: row j makes number j.
+    weight, x = torch.randn(64, 32), torch.randn(20, 32)
+    torch.testing.assert_close((x @ weight.T)[:, order], x @ weight[order].T)
+
+
+@pytest.mark.parametrize("start, tolerance", [(0, 5e-5), (100_000, 2e-2)])
+def test_a_rotation_is_a_product_of_complex_numbers(start, tolerance):
+    """In float64; at 100,000 a float32 angle is rounded to steps of 2^-7."""
+    x, positions = torch.randn(4, 300, 64), torch.arange(start, start + 300)
+    a, b = x.double().chunk(2, -1)
+    frequencies = inverse_frequencies(CONFIG).double()
+    angle = positions[:, None].double() * frequencies
+    z = torch.complex(a, b) * torch.exp(1j * angle)
+    slow = torch.cat((z.real, z.imag), -1).float()
+    ours = apply_rotary(x, *LlamaRotaryEmbedding(CONFIG)(positions))
+    torch.testing.assert_close(ours, slow, rtol=0, atol=tolerance)
+
+
+def test_the_rotation_is_that_of_transformers():
+    q, k = torch.randn(2, 4, 7, 64), torch.randn(2, 2, 7, 64)
+    cos, sin = LlamaRotaryEmbedding(CONFIG)(POSITIONS)
+    theirs = modeling_llama.apply_rotary_pos_emb(
+        q, k, torch.cat((cos, cos), -1)[None], torch.cat((sin, sin), -1)[None]
+    )
+    for x, y in zip((q, k), theirs, strict=True):
+        assert torch.equal(apply_rotary(x, cos, sin), y)
+
+
+def test_only_the_distance_counts_and_lengths_stay():
+    rope = LlamaRotaryEmbedding(CONFIG)
+    q, k = torch.randn(2, 1, 1, 20, 64).unbind()
+
+    def scores(start):
+        tables = rope(torch.arange(start, start + 20))
+        return apply_rotary(q, *tables) @ apply_rotary(k, *tables).mT
+
+    for shift, tolerance in ((10, 1e-4), (1_000, 5e-3), (100_000, 5e-1)):
+        assert (scores(shift) - scores(0)).abs().max() < tolerance
+    turned = apply_rotary(q, *rope(torch.arange(20)))
+    torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))

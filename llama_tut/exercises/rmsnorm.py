@@ -1,6 +1,7 @@
 """Checkers of chapter 3."""
 
 import torch
+from transformers.models.llama import modeling_llama
 
 from llama_tut.config import LlamaConfig
 from llama_tut.exercises import exercise, expect, expect_close, wrong
@@ -9,6 +10,133 @@ from llama_tut.rmsnorm import LlamaRMSNorm
 
 def root_mean_square(x, eps):
     return (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@exercise("rmsnorm.norm")
+def check_norm(answer):
+    """The norm itself, against transformers' class."""
+    torch.manual_seed(0)
+    x, gain = 3 * torch.randn(5, 3, 8), torch.linspace(0.5, 2, 8)
+    found = answer(x, gain, 0.0)
+    expect_close(found.shape, x.shape, "the shape must be that of x")
+    y = x / root_mean_square(x, 0.0)
+
+    def is_close(other):
+        return torch.allclose(found, other, rtol=1e-4, atol=1e-4)
+
+    expect(not is_close(y), "the gain is missing")
+    expect(
+        not is_close(gain * x / x.norm(dim=-1, keepdim=True)),
+        "your vectors have length 1: take the mean of the squares, not their "
+        "sum",
+    )
+    expect(
+        not is_close(gain * x / x.square().mean(-1, keepdim=True)),
+        "you divide by the mean square: its root is missing",
+    )
+    for axis in (0, 1, None):
+        keep = {} if axis is None else {"dim": axis, "keepdim": True}
+        expect(
+            not is_close(gain * x / x.square().mean(**keep).sqrt()),
+            "the mean runs over the wrong axis: each token is normalised "
+            "alone, over its D numbers, the last axis",
+        )
+    for unbiased in (True, False):
+        std = x.std(-1, keepdim=True, unbiased=unbiased)
+        centred = x - x.mean(-1, keepdim=True)
+        for above in (x, centred):
+            expect(
+                not is_close(gain * above / std),
+                "the standard deviation subtracts the mean: RMSNorm does not",
+            )
+    expect_close(found, gain * y, "compare with gain * x / rms(x)", 1e-4)
+    small = 0.1 * x
+    expect_close(
+        answer(small, gain, 0.5),
+        gain * small / root_mean_square(small, 0.5),
+        "eps belongs inside the root, added to the mean square",
+        1e-4,
+    )
+    large = torch.full((1, 8), 300.0, dtype=torch.half)
+    found = answer(large, gain.half(), 1e-5)
+    expect(
+        found.dtype == torch.half,
+        f"a float16 input gives {found.dtype}: cast the result back",
+    )
+    expect(
+        bool(found.any()),
+        "a large float16 input becomes zero: its squares overflow, so square "
+        "in float32",
+    )
+    theirs = modeling_llama.LlamaRMSNorm(64, eps=1e-5).bfloat16()
+    with torch.no_grad():
+        theirs.weight.uniform_(0.5, 2.0)
+    x = torch.randn(40, 64).bfloat16()
+    found = answer(x, theirs.weight, 1e-5)
+    expect(
+        found.dtype == torch.bfloat16,
+        f"a bfloat16 input gives {found.dtype}: cast the result back",
+    )
+    expect(
+        torch.equal(found, theirs(x)),
+        "bits differ in bfloat16: first cast the normalised vector back, then "
+        "multiply by the gain",
+    )
+
+
+@wrong("rmsnorm.norm", "not their sum")
+def norm_of_length_one(x, gain, eps):
+    x32 = x.float()
+    inverse = torch.rsqrt(x32.square().sum(-1, keepdim=True) + eps)
+    return gain * (x32 * inverse).to(x.dtype)
+
+
+@wrong("rmsnorm.norm", "its root is missing")
+def mean_square_for_its_root(x, gain, eps):
+    x32 = x.float()
+    inverse = 1 / (x32.square().mean(-1, keepdim=True) + eps)
+    return gain * (x32 * inverse).to(x.dtype)
+
+
+@wrong("rmsnorm.norm", "wrong axis")
+def over_all_axes(x, gain, eps):
+    return gain * (x * torch.rsqrt(x.square().mean() + eps))
+
+
+@wrong("rmsnorm.norm", "wrong axis")
+def over_the_first_axis(x, gain, eps):
+    return gain * (x * torch.rsqrt(x.square().mean(0, keepdim=True) + eps))
+
+
+@wrong("rmsnorm.norm", "subtracts the mean")
+def standard_deviation(x, gain, eps):
+    return gain * x / (x.var(-1, keepdim=True) + eps).sqrt()
+
+
+@wrong("rmsnorm.norm", "inside the root")
+def eps_outside_the_root(x, gain, eps):
+    return gain * x / (x.square().mean(-1, keepdim=True).sqrt() + eps)
+
+
+@wrong("rmsnorm.norm", "the gain is missing")
+def gain_forgotten(x, gain, eps):
+    return x / root_mean_square(x, eps)
+
+
+@wrong("rmsnorm.norm", "square in float32")
+def squares_as_they_come(x, gain, eps):
+    return gain * (x / root_mean_square(x, eps))
+
+
+@wrong("rmsnorm.norm", "cast the result back")
+def left_in_float32(x, gain, eps):
+    return gain * (x.float() / root_mean_square(x.float(), eps))
+
+
+@wrong("rmsnorm.norm", "then multiply by the gain")
+def gain_before_the_cast(x, gain, eps):
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, True) + eps)
+    return (gain * y).to(x.dtype)
 
 
 @exercise("rmsnorm.without_mean")
@@ -28,6 +156,11 @@ def check_without_mean(answer):
         "your vectors have length 1: a root mean square of 1 is length "
         "sqrt(D)",
     )
+    expect(
+        not torch.allclose(found, centred / x.std(-1, keepdim=True)),
+        "your standard deviation divides by D - 1, as torch's std() and var() "
+        "do unless told otherwise: the root mean square divides by D",
+    )
     expect_close(
         found,
         centred / root_mean_square(centred, 0.0),
@@ -45,6 +178,18 @@ def check_without_mean(answer):
 def eps_outside(x, eps):
     x = x - x.mean(-1, keepdim=True)
     return x / (x.square().mean(-1, keepdim=True).sqrt() + eps)
+
+
+@wrong("rmsnorm.without_mean", "divides by D - 1")
+def unbiased(x, eps):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.var(-1, keepdim=True) + eps).sqrt()
+
+
+@wrong("rmsnorm.without_mean", "do not sum to zero")
+def centred_by_column(x, eps):
+    x = x - x.mean(0)
+    return x / root_mean_square(x, eps)
 
 
 @wrong("rmsnorm.without_mean", "do not sum to zero")

@@ -9,48 +9,115 @@ from llama_tut.exercises import exercise, expect, expect_close, wrong
 from llama_tut.rope import LlamaRotaryEmbedding, apply_rotary
 
 
-@exercise("rope.theta")
-def check_theta(answer):
-    """A base for which the slowest pair turns once in so many tokens."""
-    for C, tokens in ((64, 8192), (128, 131_072)):
-        found = float(answer(C, tokens))
-        expect(found > 0, f"theta is {found}, it must be above 0")
-        turns = found ** (-(C - 2) / C) * tokens / (2 * math.pi)
-        expect(
-            not math.isclose(found, tokens / (2 * math.pi), rel_tol=1e-4),
-            "the last exponent is (C - 2)/C, not 1: pairs are counted from 0",
+@exercise("rope.rotary")
+def check_rotary(answer):
+    """The rotation itself, in the half-split layout."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.arange(6))
+    x = torch.randn(2, 3, 6, 8)
+    found = torch.as_tensor(answer(x, cos, sin))
+    right = apply_rotary(x, cos, sin)
+    expect(
+        found.shape == x.shape,
+        f"the result has shape {list(found.shape)}, it must be "
+        f"{list(x.shape)}: join the two halves along the last axis",
+    )
+
+    def refuse(other, hint):
+        expect(not torch.allclose(found, other, atol=1e-4), hint)
+
+    a, b = x.chunk(2, -1)
+    refuse(x, "nothing has been turned")
+    refuse(
+        apply_rotary(x, cos, -sin),
+        "you turn the other way: a' = a cos - b sin, b' = b cos + a sin",
+    )
+    refuse(
+        torch.cat((a * cos + b * sin, b * cos + a * sin), -1),
+        "one of the two sines must be subtracted: a' = a cos - b sin",
+    )
+    first = a * cos - b * sin
+    refuse(
+        torch.cat((first, b * cos + first * sin), -1),
+        "the second half is made from the first one after it was turned: both "
+        "need the old numbers",
+    )
+    even, odd = x[..., 0::2], x[..., 1::2]
+    e, o = even * cos - odd * sin, odd * cos + even * sin
+    for joined in (torch.stack((e, o), -1).flatten(-2), torch.cat((e, o), -1)):
+        refuse(
+            joined,
+            "you turn pairs of neighbours: here number i and number i + C/2 "
+            "form a pair",
         )
-        expect(
-            not math.isclose(turns, 1 / (2 * math.pi), rel_tol=1e-4),
-            "your slowest pair moves by 1 radian: a turn is 2 pi",
-        )
-        expect(
-            not math.isclose(
-                found, (tokens / (2 * math.pi)) ** ((C - 2) / C), rel_tol=1e-4
-            ),
-            "your exponent is upside down: theta^((C - 2)/C) is given, theta "
-            "is asked for",
-        )
-        expect(
-            math.isclose(turns, 1, rel_tol=1e-4),
-            f"with C {C} your slowest pair makes {turns:.4g} turns in "
-            f"{tokens:,} tokens, not 1",
-        )
+    refuse(
+        torch.stack((first, b * cos + a * sin), -1).flatten(-2),
+        "the pairs are right, but the result mixes the layouts: first all a', "
+        "then all b'",
+    )
+    lengths = found.norm(dim=-1)
+    expect_close(
+        lengths, x.norm(dim=-1), "a rotation keeps every vector's length", 1e-4
+    )
+    expect_close(found, right, "compare with the formula, pair by pair", 1e-4)
+    found = torch.as_tensor(answer(x.bfloat16(), cos, sin))
+    expect(
+        found.dtype == torch.bfloat16,
+        f"a bfloat16 x gives {found.dtype}: cast the result back",
+    )
+    expect(
+        torch.equal(found, apply_rotary(x.bfloat16(), cos, sin)),
+        "in bfloat16 the bits differ: multiply with the float32 tables, and "
+        "round once, at the end",
+    )
 
 
-@wrong("rope.theta", "not 1: pairs are counted")
-def last_exponent_one(C, tokens):
-    return tokens / (2 * math.pi)
+@wrong("rope.rotary", "the other way")
+def other_way(x, cos, sin):
+    return apply_rotary(x, cos, -sin)
 
 
-@wrong("rope.theta", "a turn is 2 pi")
-def radians_for_turns(C, tokens):
-    return tokens ** (C / (C - 2))
+@wrong("rope.rotary", "must be subtracted")
+def both_added(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos + b * sin, b * cos + a * sin), -1)
 
 
-@wrong("rope.theta", "upside down")
-def exponent_upside_down(C, tokens):
-    return (tokens / (2 * math.pi)) ** ((C - 2) / C)
+@wrong("rope.rotary", "pairs of neighbours")
+def neighbours(x, cos, sin):
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+@wrong("rope.rotary", "mixes the layouts")
+def mixed_layouts(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+@wrong("rope.rotary", "need the old numbers")
+def in_place(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    a = a * cos - b * sin
+    b = b * cos + a * sin
+    return torch.cat((a, b), -1)
+
+
+@wrong("rope.rotary", "cast the result back")
+def not_cast_back(x, cos, sin):
+    return apply_rotary(x.float(), cos, sin)
+
+
+@wrong("rope.rotary", "round once")
+def tables_rounded(x, cos, sin):
+    return apply_rotary(x, cos.to(x.dtype), sin.to(x.dtype))
+
+
+@wrong("rope.rotary", "along the last axis")
+def one_half(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return a * cos - b * sin
 
 
 def interleaved(weight, heads):
@@ -119,8 +186,8 @@ def count(config, frequencies=None, tokens=None, turn=2 * math.pi):
     return stay, C // 2 - stay - slowed, slowed
 
 
-def stretched(C, factor):
-    """The config of a stretched Llama with heads of C numbers."""
+def scaled(C, factor):
+    """The config of a scaled Llama with heads of C numbers."""
     return LlamaConfig(
         hidden_size=4 * C,
         num_attention_heads=4,
@@ -146,8 +213,8 @@ def in_the_long_context(config):
 
 @exercise("rope.pairs")
 def check_pairs(answer):
-    """How many pairs of a stretched model stay, blend and are slowed?"""
-    for config in (stretched(128, 8.0), stretched(64, 32.0)):
+    """How many pairs of a scaled model stay, blend and are slowed?"""
+    for config in (scaled(128, 8.0), scaled(64, 32.0)):
         found = tuple(int(n) for n in answer(config))
         half = config.head_dim // 2
         expect(
@@ -157,8 +224,8 @@ def check_pairs(answer):
         )
         expect(
             found != slowed_already(config),
-            "you counted with the slowed speeds: the turns are those of the "
-            "model before it was stretched",
+            "you counted with the slowed frequencies: the turns are those of "
+            "the model before it was scaled",
         )
         expect(
             found != in_radians(config),
@@ -181,7 +248,7 @@ def check_pairs(answer):
         )
 
 
-wrong("rope.pairs", "the slowed speeds")(slowed_already)
+wrong("rope.pairs", "the slowed frequencies")(slowed_already)
 wrong("rope.pairs", "a turn is 2 pi")(in_radians)
 wrong("rope.pairs", "in the original context")(in_the_long_context)
 
