@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from llama_tut.rope import apply_rotary
 
-# Fewer queries than keys
+# PyTorch's own
 
 
 def causal_mask(T, S, device=None):

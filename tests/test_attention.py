@@ -203,3 +203,26 @@ def test_on_a_gpu(T, S, dtype):
         torch.testing.assert_close(
             out, expected, rtol=tolerance, atol=tolerance
         )
+
+
+class JoiningCache:
+    """Keys and values of one layer, joined at each update."""
+
+    def __init__(self):
+        self.pairs = []
+
+    def update(self, k, v):
+        self.pairs.append((k, v))
+        return [torch.cat(x, dim=2) for x in zip(*self.pairs, strict=True)]
+
+
+@pytest.mark.parametrize("pieces", [(150,), (1, 149), (100, 50), (75, 1, 74)])
+def test_a_cache_changes_nothing(pieces):
+    """A text read in pieces of any size gives what it gives at once."""
+    attention, cache, outputs = LlamaAttention(CONFIG), JoiningCache(), []
+    x, cos, sin = inputs(150)
+    whole = attention(x, cos, sin)
+    parts = zip(*(t.split(pieces, -2) for t in (x, cos, sin)), strict=True)
+    for part in parts:
+        outputs.append(attention(*part, cache=cache))
+    torch.testing.assert_close(torch.cat(outputs, 1), whole)

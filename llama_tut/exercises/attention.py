@@ -1,10 +1,142 @@
 """Checkers of chapter 5."""
 
 import torch
+from torch.nn import functional as F
 
-from llama_tut.attention import causal_mask
+from llama_tut.attention import attend, causal_mask
 from llama_tut.config import LlamaConfig
 from llama_tut.exercises import exercise, expect, expect_close, wrong
+
+
+def by_hand(q, k, v, scale=None, mask="right", repeat="in place", dim=-1):
+    """Attention step by step, with one step replaced: for wrong answers."""
+    T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if repeat == "in place":
+        k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
+    else:
+        k, v = k.repeat(1, G, 1, 1), v.repeat(1, G, 1, 1)
+    scores = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    past = causal_mask(T, S)
+    if mask == "left":
+        past = torch.ones(T, S, dtype=torch.bool).tril()
+    if mask == "strict":
+        past = past.tril(S - T - 1)
+    if mask == "late":
+        past = torch.ones(T, S, dtype=torch.bool).tril(S - T + 1)
+    if mask == "after":
+        return (scores.softmax(dim) * past) @ v
+    if mask == "zero":
+        return (scores * past).softmax(dim) @ v
+    if mask != "none":
+        scores = scores.masked_fill(~past, -1e9)
+    return scores.softmax(dim) @ v
+
+
+# What a mistake is called; the mistakes are tried on T = S = 5.
+MISTAKES = {
+    "none": ({"mask": "none"}, "it reads the future: no mask"),
+    "after": (
+        {"mask": "after"},
+        "mask the scores before the softmax: each "
+        "row of weights must add up to 1",
+    ),
+    "zero": (
+        {"mask": "zero"},
+        "a masked score must be minus infinity: "
+        "exp(0) is 1, which is not nothing",
+    ),
+    "late": (
+        {"mask": "late"},
+        "the mask is one step late: a token reads the one after it",
+    ),
+    "strict": ({"mask": "strict"}, "a token may read itself"),
+    "raw": ({"scale": 1.0}, "divide the scores by the square root of C"),
+    "by C": ({"scale": 1 / 8}, "divide by the square root of C, not by C"),
+    "by D": (
+        {"scale": 48**-0.5},
+        "divide by the square root of C, the size "
+        "of one head, not of all heads",
+    ),
+    "tiled": (
+        {"repeat": "tiled"},
+        "neighbouring query heads share a key "
+        "head: 0 0 0 1 1 1, not 0 1 0 1 0 1",
+    ),
+    "dim": ({"dim": -2}, "the softmax runs over the keys, the last axis"),
+}
+
+
+@exercise("attention.attention")
+def check_attention(answer):
+    """Causal attention with shared keys, against PyTorch's."""
+    torch.manual_seed(0)
+    q = 2 * torch.randn(2, 6, 5, 8)
+    k, v = torch.randn(2, 2, 2, 5, 8)
+    alike = answer(q[:, :2].clone(), k.clone(), v.clone())
+    expect(torch.is_tensor(alike), "return a tensor, [B, H, T, C]")
+    expect(
+        alike.shape == (2, 2, 5, 8),
+        f"the result must be [B, H, T, C] = [2, 2, 5, 8], "
+        f"yours is {list(alike.shape)}",
+    )
+    found = answer(q.clone(), k.clone(), v.clone())
+    expect(
+        found.shape == q.shape,
+        f"with 6 query heads and 2 key heads the result must be "
+        f"[2, 6, 5, 8], yours is {list(found.shape)}",
+    )
+    for options, hint in MISTAKES.values():
+        case = by_hand(q, k, v, **options)
+        expect(not torch.allclose(found, case, rtol=1e-4, atol=1e-5), hint)
+    expect(
+        found.isfinite().all(), "it gives NaN: a row reads nothing, not itself"
+    )
+    expect_close(found, attend(q, k, v), "it is not PyTorch's result", 1e-4)
+    last = answer(q[:, :, -2:].clone(), k.clone(), v.clone())
+    expect_close(
+        last,
+        attend(q[:, :, -2:], k, v),
+        "with T = 2 and S = 5 the queries are the last two tokens: the mask "
+        "starts at position 3",
+        1e-4,
+    )
+
+
+def with_mistake(name):
+    """The wrong answer of that name, and the hint it must get."""
+    options, hint = MISTAKES[name]
+
+    def answer(q, k, v):
+        return by_hand(q, k, v, **options)
+
+    answer.__name__ = f"mistake {name!r}"
+    return wrong("attention.attention", hint)(answer)
+
+
+for each in MISTAKES:
+    with_mistake(each)
+
+
+@wrong("attention.attention", "the last two tokens")
+def mask_on_the_left(q, k, v):
+    return by_hand(q, k, v, mask="left")
+
+
+@wrong("attention.attention", "must be [B, H, T, C]")
+def heads_joined(q, k, v):
+    return attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+@wrong("attention.attention", "with 6 query heads and 2 key heads")
+def one_head_a_group(q, k, v):
+    return attend(q[:, : k.shape[1]], k, v)
+
+
+@wrong("attention.attention", "not PyTorch's result")
+def keys_for_values(q, k, v):
+    return F.scaled_dot_product_attention(
+        q, k, k, is_causal=True, enable_gqa=True
+    )
 
 
 @exercise("attention.window")
@@ -71,13 +203,16 @@ def check_tokens(answer):
         num_attention_heads=8,
         num_key_value_heads=2,
     )  # 2 * 5 * 2 * 8 = 160 numbers a token
-    found = answer(config, 6400, 2)
+    found = answer(config, 12_800, 4)
     expect(found != 5, "keys are shared: count key heads, not query heads")
     expect(found != 40, "a token leaves a key and a value")
     expect(found != 100, "every layer keeps keys and values of its own")
-    expect(found == 20, f"{found} tokens: in 6,400 bytes there is room for 20")
+    expect(found != 80, "memory is in bytes: a number takes element_size")
     expect(
-        answer(config, 6399, 2) == 19 and isinstance(found, int),
+        found == 20, f"{found} tokens: in 12,800 bytes there is room for 20"
+    )
+    expect(
+        answer(config, 12_799, 4) == 19 and isinstance(found, int),
         "only whole tokens fit: round down",
     )
     llama = LlamaConfig(
@@ -115,6 +250,21 @@ def one_layer(config, memory, element_size):
     return memory // (one * element_size)
 
 
+@wrong("attention.tokens", "in bytes")
+def numbers_for_bytes(config, memory, element_size):
+    return memory // (2 * numbers(config))
+
+
+@wrong("attention.tokens", "round down")
+def rounded(config, memory, element_size):
+    return round(memory / (2 * numbers(config) * element_size))
+
+
+@wrong("attention.tokens", "round down")
+def a_fraction(config, memory, element_size):
+    return memory / (2 * numbers(config) * element_size)
+
+
 @wrong("attention.tokens", "round down")
 def rounded_up(config, memory, element_size):
     return -(-memory // (2 * numbers(config) * element_size))
@@ -142,6 +292,11 @@ def check_merge(answer):
         not torch.allclose(found, share * a + (1 - share) * b, atol=1e-4),
         "log_a and log_b are logarithms: the shares are those of their "
         "exponentials",
+    )
+    share = torch.sigmoid(log_b - log_a)[:, None]
+    expect(
+        not torch.allclose(found, share * a + (1 - share) * b, atol=1e-4),
+        "the shares are exchanged: the half with the larger sum counts more",
     )
     total = log_a.exp()[:, None] * a + log_b.exp()[:, None] * b
     expect(
@@ -177,3 +332,9 @@ def overflow(out_a, log_a, out_b, log_b):
 @wrong("attention.merge", "divide by the sum")
 def not_divided(out_a, log_a, out_b, log_b):
     return log_a.exp()[:, None] * out_a + log_b.exp()[:, None] * out_b
+
+
+@wrong("attention.merge", "exchanged")
+def exchanged(out_a, log_a, out_b, log_b):
+    share = torch.sigmoid(log_b - log_a)[:, None]
+    return share * out_a + (1 - share) * out_b
