@@ -20,8 +20,8 @@ def parse():
         nargs="+",
         default=["docs"],
         metavar="docs|fineweb-edu|FILE",
-        help="docstrings, FineWeb-Edu, or text, jsonl and parquet files, "
-        "folders and patterns",
+        help="docstrings, FineWeb-Edu, or text, jsonl and parquet files "
+        "(.gz, .bz2, .xz, .zst too), folders and patterns",
     )
     add(
         "--tokenizer",
@@ -49,6 +49,11 @@ def parse():
         metavar="X",
         help="of the documents, held out: 0.05 of files, 0.005 of FineWeb-Edu",
     )
+    add(
+        "--text-column",
+        metavar="NAME",
+        help="of jsonl and parquet files, where the text is; text",
+    )
     add("--processes", type=int, metavar="N", help="workers; all processors")
     return vars(parser.parse_args())
 
@@ -56,8 +61,9 @@ def parse():
 def main():
     options = parse()
     corpus, out = options.pop("corpus"), options.pop("out")
-    if options["processes"] is not None and options["processes"] < 1:
-        raise InputError("--processes: must be at least 1")
+    processes = options["processes"]
+    if processes is not None and not 1 <= processes <= 1024:
+        raise InputError("--processes: must be from 1 to 1024")
     if len(corpus) == 1 and corpus[0] in ("docs", "fineweb-edu"):
         corpus = corpus[0]
     start = time.perf_counter()
@@ -81,7 +87,7 @@ def report(info, out, seconds):
         nats = getattr(info, f"{name}_nats")
         bits = info.bits_per_byte(nats)
         rows.append(
-            f"{name + ' floor':14} {nats:.3f} nats a token, "
+            f"{name + ' baseline':17} {nats:.3f} nats a token, "
             f"{bits:.3f} bits a byte"
         )
     print("\n".join(rows))

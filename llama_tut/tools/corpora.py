@@ -1,36 +1,76 @@
 """Corpora: documents from files, from FineWeb-Edu, or from docstrings, in two splits."""
 
 import ast
-import glob
+import bz2
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
+import lzma
 import os
 import platform
 import re
+import sys
 import sysconfig
-import threading
 import warnings
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
+from glob import glob
+from multiprocessing import get_context
 from pathlib import Path
 
-from llama_tut.tools.files import InputError, digest, write_atomic
+from llama_tut.tools.files import (
+    InputError,
+    digest,
+    first_line,
+    read_lines,
+    require,
+    write_atomic,
+)
 from llama_tut.tools.pretrained import cache_folder
 from llama_tut.tools.tokenizers import END_OF_TEXT
 
+# One file
 
-def read_text(path):
+
+def open_zst(path, mode):
+    """A .zst file as a stream of its bytes."""
+    import pyarrow  # a third of a second that other files need not pay
+
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+
+
+COMPRESSED = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": open_zst,
+}
+
+
+@contextmanager
+def open_bytes(path):
+    """The bytes of a file, unpacked; errors while it is read become a line."""
+    opener = COMPRESSED.get(path.suffix.lower(), open)
+    try:
+        with opener(path, "rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path} cannot be read: {reason}") from error
+
+
+def read_text(path, column):
     """Documents of a text file: one, or parts between end-of-text lines."""
-    data = path.read_bytes()
-    if b"\0" in data:
-        raise InputError(f"{path}: a binary file, not text")
+    with open_bytes(path) as file:
+        data = file.read()
+    require(b"\0" not in data, f"{path}: a binary file, not text")
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -38,74 +78,213 @@ def read_text(path):
             f"{path}: not UTF-8 text (byte {error.start:,})"
         ) from error
     line = rf"^{re.escape(END_OF_TEXT)}[ \t]*(?:\n|\Z)"
-    return iter(re.split(line, text, flags=re.MULTILINE))
+    yield from re.split(line, text, flags=re.MULTILINE)
 
 
-def read_jsonl(path):
-    """Documents of a file with a JSON object a line, from field `text`."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)["text"] if line.strip() else ""
-            except (ValueError, KeyError, TypeError):
-                text = None
+def read_objects(path, column):
+    """Documents of a file with one JSON object a line, from one field."""
+    with open_bytes(path) as file:
+        if first_letter(file) == b"[":
+            raise InputError(
+                f"{path}: a JSON array, which is read as a whole or not at "
+                "all; write one object a line (jq -c '.[]' does it)"
+            )
+        for number, record in read_lines(path, file):
+            text = record.get(column)
             if not isinstance(text, str):
+                names = ", ".join(sorted(record)[:9]) or "nothing"
                 raise InputError(
-                    f'{path}, line {number}: no JSON object with a "text"'
+                    f'{path}, line {number}: no "{column}" that is a string '
+                    f"(it holds: {names}); name the field with --text-column"
                 )
             yield text
 
 
-def read_parquet(path):
-    """Documents of a parquet file, from its column `text`."""
-    import pyarrow  # a third of a second that other files need not pay
+def first_letter(file):
+    """The first byte of an open file that is no space; it stays unread."""
+    start = file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start[:1]
+
+
+def read_parquet(path, column):
+    """Documents of a parquet file, from one column of text or bytes."""
+    import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise InputError(f'{path}: no column "text"')
-            for batch in file.iter_batches(1000, columns=["text"]):
-                yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a parquet file ({error})") from error
+            names = file.schema_arrow.names
+            require(
+                column in names,
+                f'{path}: no column "{column}" (it holds: '
+                f"{', '.join(names[:9])}); name one with --text-column",
+            )
+            row = 0
+            for batch in file.iter_batches(1000, columns=[column]):
+                for value in text_bytes(path, batch.column(0)):
+                    row += 1
+                    yield decode_row(path, row, value)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path}: a parquet file that cannot be read ({first_line(error)})"
+        ) from error
+
+
+def text_bytes(path, values):
+    """The values of a parquet column as bytes, or None where there is none.
+
+    Spark and Athena write text as binary; strings can hold bad UTF-8. Both
+    come back as bytes, so that one place decodes them.
+    """
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kinds = types.is_string, types.is_large_string, types.is_string_view
+    kinds += types.is_binary, types.is_large_binary, types.is_binary_view
+    require(
+        any(kind(values.type) for kind in (*kinds, types.is_null)),
+        f"{path}: the text column holds {values.type}, not text; name "
+        "another one with --text-column",
+    )
+    return values.cast(pyarrow.large_binary()).to_pylist()
+
+
+def decode_row(path, row, value):
+    """Bytes of one row -> its text. Raises InputError with the row."""
+    try:
+        return (value or b"").decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, row {row:,}: not UTF-8 text (byte {error.start:,})"
+        ) from error
 
 
 READERS = {
     ".txt": read_text,
     ".md": read_text,
     ".rst": read_text,
-    ".jsonl": read_jsonl,
+    ".jsonl": read_objects,
+    ".ndjson": read_objects,
+    ".json": read_objects,
     ".parquet": read_parquet,
 }
 
 
-def find_files(paths):
-    """Files, folders and glob patterns -> the files, in order."""
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = [p for p in path.rglob("*") if p.suffix in READERS]
-        else:
-            files = [path, *map(Path, glob.glob(str(path)))]
-        files = sorted({p for p in files if p.is_file()})
-        if not files:
-            kinds = f" with {', '.join(READERS)}" if path.is_dir() else ""
-            raise InputError(f"{path}: no such file{kinds}")
-        found += files
-    for path in found:
-        if not path.stat().st_size:
-            raise InputError(f"{path}: the file is empty")
-    return found
+def kind_of(path):
+    """The suffix that tells how to read a file: ".jsonl" for a.JSONL.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
-def read_documents(path):
+def read_documents(path, column="text"):
     """The documents of one file that are not blank, as valid Unicode."""
-    for text in READERS.get(path.suffix, read_text)(path):
+    for text in READERS.get(kind_of(path), read_text)(path, column):
         if text and not text.isspace():
             # JSON can spell half of a surrogate pair, which UTF-8 cannot.
             yield text.encode(errors="replace").decode()
 
+
+# Many files
+
+
+def find_files(paths):
+    """Files, folders and glob patterns -> the files to read, in order.
+
+    Folders are searched to the bottom, linked ones too. Hidden names, empty
+    files and other kinds of file are left out, and a line says how many.
+    """
+    found, left_out = [], Counter()
+    for path in map(Path, paths):
+        try:
+            files = sorted(set(list_files(path, left_out)))
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read: {error.strerror}"
+            ) from error
+        kinds = f" with {', '.join(READERS)}" if path.is_dir() else ""
+        require(files, f"{path}: no such file{kinds}{told(left_out)}")
+        found += files
+    for path in found:
+        require(
+            kind_of(path) not in (".csv", ".tsv"),
+            f"{path}: a table, of which commas and numbers would be trained "
+            "on; write its text column as jsonl or parquet",
+        )
+    if left_out:
+        print(f"{len(found)} files taken{told(left_out)}", file=sys.stderr)
+    return found
+
+
+def list_files(path, left_out):
+    """The files that one argument names: itself, a folder's, a pattern's."""
+    if path.is_dir():
+        return [f for f in walk(path, left_out) if usable(f, left_out)]
+    if path.exists():
+        require(path.stat().st_size, f"{path}: the file is empty")
+        return [path]
+    files = [f for f in map(Path, glob(str(path))) if f.is_file()]
+    return [f for f in files if f.stat().st_size]
+
+
+def walk(folder, left_out):
+    """The files below a folder. Raises InputError where it may not look."""
+
+    def refuse(error):
+        raise InputError(
+            f"{error.filename} cannot be read: {error.strerror}"
+        ) from error
+
+    seen = set()
+    for root, folders, files in os.walk(
+        folder, onerror=refuse, followlinks=True
+    ):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()  # a link back to a folder above
+            continue
+        seen.add(real)
+        hidden = [name for name in folders if name.startswith(".")]
+        left_out.update({"hidden folders": len(hidden)} if hidden else {})
+        folders[:] = sorted(set(folders) - set(hidden))
+        yield from (Path(root) / name for name in files)
+
+
+def usable(path, left_out):
+    """Whether a file of a folder is read; if not, the reason is counted."""
+    kind = kind_of(path)
+    if path.name.startswith("."):
+        left_out["hidden"] += 1
+    elif kind not in READERS or kind == ".json" == path.suffix.lower():
+        # A lone .json in a folder is more often settings than text.
+        left_out[path.suffix or "no ending"] += 1
+    elif not path.stat().st_size:
+        left_out["empty"] += 1
+    else:
+        return True
+    return False
+
+
+def told(left_out):
+    """What was left out and why, as the end of a sentence."""
+    if not left_out:
+        return ""
+    rows = ", ".join(f"{n} {why}" for why, n in sorted(left_out.items()))
+    return f"; left out: {rows}"
+
+
+def hash_file(path):
+    """`digest` of a file's bytes, however large it is."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+# What is held out
 
 FEW = 100
 
@@ -138,6 +317,7 @@ class Corpus:
 
     source: str  #: a text that changes when the corpus does
     parts: list  #: functions that return an iterator of (split, text)
+    tails: bool = False  #: whether the end of each document is for validation
 
     def documents(self):
         """(split, text) of all documents, always in the same order."""
@@ -145,16 +325,22 @@ class Corpus:
 
 
 def split_corpus(source, readers, share):
-    """A `Corpus` from functions that return iterators of documents."""
+    """A `Corpus` from functions that return iterators of documents.
+
+    Whole documents are held out, chosen by their hash; where there are fewer
+    than 100, the end of each.
+    """
     texts = itertools.chain.from_iterable(read() for read in readers)
     first = list(itertools.islice(texts, FEW))
-    if not first:
-        raise InputError("the corpus has no text in it")
+    require(first, "the corpus has no text in it")
     rule = by_tail if len(first) < FEW else by_hash
     if rule is by_hash:  # at least one of these is held out
         share = max(share, min(map(hash_place, first)))
-    return Corpus(source, [partial(rule, read, share) for read in readers])
+    parts = [partial(rule, read, share) for read in readers]
+    return Corpus(source, parts, tails=rule is by_tail)
 
+
+# FineWeb-Edu
 
 FINEWEB_EDU = {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT"}
 
@@ -202,6 +388,8 @@ def stream_corpus(share, **where):
     readers = [partial(read, i) for i in range(rows.num_shards)]
     return split_corpus(json.dumps(where), readers, share)
 
+
+# Docstrings: what is already here
 
 PACKAGES = (
     *("torch", "transformers", "datasets", "huggingface_hub", "numpy"),
@@ -304,7 +492,11 @@ def windows(text):
 
 
 def split_by_module(documents, share=0.04, overlap=0.1):
-    """(name, text) -> (split, text), without leaks from train to val."""
+    """(name, text) -> (split, text), without leaks from train to val.
+
+    All docstrings of a module are on one side. A validation document leaves
+    if more than a tenth of its windows also occur in training text.
+    """
     sides = {False: [], True: []}
     for name, text in documents:
         sides[hash_place(name) < share].append(text)
@@ -320,49 +512,6 @@ def split_by_module(documents, share=0.04, overlap=0.1):
         yield "train", text
 
 
-def follow_parent(setup, arguments):
-    """In a new worker: end when the parent has ended; then call `setup`."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-    def watch():
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    if setup:
-        setup(*arguments)
-
-
-def default_processes():
-    """The number of processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def parallel_map(function, items, processes=None, setup=None, arguments=()):
-    """`map` in worker processes: in order, a few items ahead, no more."""
-    processes = processes or default_processes()
-    if processes == 1:
-        if setup:
-            setup(*arguments)
-        yield from map(function, items)
-        return
-    with ProcessPoolExecutor(
-        processes, get_context("spawn"), follow_parent, (setup, arguments)
-    ) as pool:
-        waiting = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 4 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 DOCS_RULES = 1  # raise it when a rule of cleaning or splitting changes
 
 
@@ -372,14 +521,27 @@ def docs_path():
     return cache_folder() / f"docs_{digest(key.encode())[:16]}.jsonl"
 
 
+def default_processes():
+    """The number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def build_docs(path, processes=None):
     """Write the docs corpus: a line of JSON for each document."""
     files = list(docs_files())
     groups = [files[i : i + 100] for i in range(0, len(files), 100)]
-    found = parallel_map(read_docstrings, groups, processes)
+    processes = processes or default_processes()
+    if processes == 1:
+        found = list(map(read_docstrings, groups))
+    else:  # workers of a Pool end with their parent, however it ends
+        with get_context("spawn").Pool(processes) as pool:
+            found = pool.map(read_docstrings, groups, chunksize=1)
     documents = deduplicate(itertools.chain.from_iterable(found))
-    rows = [(split, text) for split, text in split_by_module(documents)]
-    rows.sort(key=lambda row: digest(row[1].encode()))
+    rows = sorted(
+        split_by_module(documents), key=lambda r: digest(r[1].encode())
+    )
     lines = (json.dumps(row).encode() + b"\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, *lines)
@@ -395,18 +557,30 @@ def read_docs(processes=None):
             yield tuple(json.loads(line))
 
 
-def open_corpus(corpus, val_share=None, processes=None):
-    """A `Corpus`: "docs", "fineweb-edu", or a list of files."""
+# Any of them
+
+
+def open_corpus(corpus, val_share=None, processes=None, text_column=None):
+    """A `Corpus`: "docs", "fineweb-edu", or a list of files.
+
+    Args:
+        val_share: of the text that is held out; 0.05 of files, 0.005 of
+            FineWeb-Edu.
+        processes: workers that read docstrings.
+        text_column: the field or column of files that holds the text.
+    """
+    if corpus in ("docs", "fineweb-edu"):
+        require(not text_column, "text_column: only of jsonl and parquet")
     if corpus == "docs":
-        if val_share:
-            raise InputError("val_share: the docs corpus has its own split")
+        require(not val_share, "val_share: the docs corpus has its own split")
         parts = [partial(read_docs, processes)]
         return Corpus(docs_path().stem, parts)
     if corpus == "fineweb-edu":
         return stream_corpus(val_share or 0.005, **FINEWEB_EDU)
-    paths = [corpus] if isinstance(corpus, str | Path) else corpus
-    files = find_files(paths)
-    stats = [(str(path.resolve()), path.stat()) for path in files]
-    marks = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    readers = [partial(read_documents, path) for path in files]
-    return split_corpus(json.dumps(marks), readers, val_share or 0.05)
+    files = find_files([corpus] if isinstance(corpus, str | Path) else corpus)
+    column = text_column or "text"
+    # Contents, not names and times: a file that was only moved or touched
+    # is the same corpus.
+    source = json.dumps([[kind_of(f), hash_file(f)] for f in files] + [column])
+    readers = [partial(read_documents, path, column) for path in files]
+    return split_corpus(source, readers, val_share or 0.05)

@@ -122,16 +122,21 @@ def read_jsonl(path, cut_off="refuse"):
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if cut_off == "drop" and not line.endswith(b"\n"):
-                    continue
-                if line.strip():
-                    yield number, read_line(path, number, line)
+            yield from read_lines(path, lines, cut_off)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: {reason}") from error
+
+
+def read_lines(path, lines, cut_off="refuse"):
+    """As `read_jsonl`, from lines of bytes; `path` is for the messages."""
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if cut_off == "drop" and not line.endswith(b"\n"):
+            continue
+        if line.strip():
+            yield number, read_line(path, number, line)
 
 
 def read_line(path, number, line):

@@ -8,24 +8,37 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from llama_tut.tools.baselines import bigram_nats, unigram_nats
-from llama_tut.tools.corpora import docs_versions, open_corpus, parallel_map
-from llama_tut.tools.files import InputError, digest, write_atomic, write_json
+from llama_tut.tools.corpora import (
+    default_processes,
+    docs_versions,
+    open_corpus,
+)
+from llama_tut.tools.files import (
+    InputError,
+    digest,
+    first_line,
+    read_json,
+    require,
+    write_atomic,
+    write_json,
+)
 from llama_tut.tools.pretrained import cache_folder
 from llama_tut.tools.shards import first_tokens, read_header, write_shard
 from llama_tut.tools.tokenizers import (
     BYTE_VOCABULARY,
     Encoder,
+    for_documents,
     load_tiktoken,
     read_tokenizer,
     save_tokenizer,
@@ -34,158 +47,12 @@ from llama_tut.tools.tokenizers import (
     train_bpe,
 )
 
-PIECE, GROUP = 1 << 20, 1 << 18  # letters
-
-
-class Piece(NamedTuple):
-    """A document or a part of one, before and after it is encoded."""
-
-    part: int  # of the corpus
-    split: str
-    starts: bool  # whether a document begins here
-    text: str
-    bytes: int = 0
-    ids: np.ndarray | None = None
-
-
-def cut_pieces(parts, first=0):
-    """The documents of a corpus as pieces, from part `first` on."""
-    for number, part in enumerate(parts[first:], first):
-        for split, text in part():
-            at = 0
-            while at < len(text):
-                end = at + PIECE
-                if end < len(text):
-                    end = text.rfind("\n", at + PIECE // 2, end) + 1 or end
-                yield Piece(number, split, at == 0, text[at:end])
-                at = end
-
-
-def group_pieces(pieces):
-    """Lists of pieces, each of about a quarter of a million letters."""
-    group, letters = [], 0
-    for piece in pieces:
-        group.append(piece)
-        letters += len(piece.text)
-        if letters >= GROUP:
-            yield group
-            group, letters = [], 0
-    if group:
-        yield group
-
-
-worker = {}  # what a worker process keeps between groups
-
-
-def start_encoder(folder, name, separator):
-    """Load the tokenizer in a worker process."""
-    worker["encode"] = Encoder(folder, name)
-    worker["separator"] = np.array([separator], np.uint32)
-
-
-def encode_pieces(group):
-    """Pieces of text -> the same pieces with ids."""
-    out = []
-    ids = worker["encode"]([piece.text for piece in group])
-    for piece, one in zip(group, ids, strict=True):
-        if piece.starts:
-            one = np.concatenate([worker["separator"], one])
-        size = len(piece.text.encode())
-        out.append(piece._replace(text="", bytes=size, ids=one))
-    return out
-
-
-class ShardWriter:
-    """Cuts the ids of one split into shards of equal length."""
-
-    def __init__(self, folder, split, shard_tokens, vocab_size, tokenizer):
-        self.folder, self.split = folder, split
-        self.shard_tokens = shard_tokens
-        self.header = vocab_size, tokenizer
-        self.waiting = []  # arrays of ids that no shard holds yet
-        self.counts = Counter(shards=0, documents=0, tokens=0, bytes=0)
-
-    def add(self, piece):
-        """Append a piece; write every shard that is full."""
-        size = {"tokens": len(piece.ids), "bytes": piece.bytes}
-        self.counts.update(documents=piece.starts, **size)
-        self.waiting.append(piece.ids)
-        while self.left() >= self.shard_tokens:
-            self.flush()
-
-    def left(self):
-        """How many ids wait for the next shard."""
-        return self.counts["tokens"] - self.counts["stored"]
-
-    def flush(self):
-        """Write the ids that wait as a shard, not more than fit."""
-        tokens = np.concatenate(self.waiting)
-        path = self.folder / f"{self.split}_{self.counts['shards']:05d}.bin"
-        size = self.counts["bytes"] - self.counts["stored_bytes"]
-        now, later = np.split(tokens, [self.shard_tokens])
-        write_shard(path, now, *self.header, size)
-        self.waiting = [later.copy()]
-        self.counts.update(shards=1, stored=len(now), stored_bytes=size)
-
-
-def save_progress(path, place, writers):
-    """Note the place in the corpus, and what each writer holds."""
-    note = {"place": place, "counts": [writer.counts for writer in writers]}
-    waiting = {w.split: np.concatenate(w.waiting or [[]]) for w in writers}
-    file = io.BytesIO()
-    np.savez(file, note=np.array(json.dumps(note)), **waiting)
-    write_atomic(path, file.getvalue())
-
-
-def load_progress(path, writers):
-    """Restore the writers -> (part, pieces done in it)."""
-    if not path.exists():
-        return 0, 0
-    with np.load(path, allow_pickle=False) as arrays:
-        note = json.loads(str(arrays["note"]))
-        for writer, counts in zip(writers, note["counts"], strict=True):
-            writer.counts = Counter(counts)
-            writer.waiting = [arrays[writer.split].astype(np.uint32)]
-    return tuple(note["place"])
-
-
-def write_shards(corpus, writers, encode, max_tokens=None, progress=None):
-    """Encode a corpus into shards, from where an earlier run stopped.
-
-    Args:
-        writers: a `ShardWriter` for each split.
-        encode: groups of pieces -> the same with ids, in order.
-        max_tokens: stop at the first document behind so many.
-        progress: the file with the note.
-    """
-    part, done = load_progress(progress, writers)
-    pieces = cut_pieces(corpus.parts, part)
-    pieces = itertools.islice(pieces, done, None)
-    by_split = {writer.split: writer for writer in writers}
-    bar = tqdm(unit="B", unit_scale=True, disable=None, desc="text")
-    for group in encode(group_pieces(pieces)):
-        shards = total(writers, "shards")
-        for piece in group:
-            full = max_tokens and total(writers, "tokens") >= max_tokens
-            if full and piece.starts:
-                return bar.close()
-            by_split[piece.split].add(piece)
-            done = done + 1 if piece.part == part else 1
-            part = piece.part
-        bar.update(sum(piece.bytes for piece in group))
-        if total(writers, "shards") > shards:
-            save_progress(progress, (part, done), writers)
-    bar.close()
-
-
-def total(writers, name):
-    """The sum of one count over all writers."""
-    return sum(writer.counts[name] for writer in writers)
+# The data folder
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """`dataset.json`: sizes, floors in nats a token, and origin."""
+    """`dataset.json`: sizes, baselines in nats a token, and origin."""
 
     corpus: str
     tokenizer: str
@@ -219,15 +86,29 @@ def load_dataset_info(folder):
         InputError: not a data folder, or a damaged one.
     """
     path = Path(folder) / "dataset.json"
-    if not path.is_file():
-        raise InputError(
-            f"{folder}: no dataset.json in it; make a data folder with "
-            "scripts/prepare.py"
-        )
+    require(
+        os.path.lexists(path),
+        f"{folder}: no dataset.json in it; make a data folder with "
+        "scripts/prepare.py",
+    )
+    found = read_json(path)
     try:
-        return DatasetInfo(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not readable ({error})") from error
+        info = DatasetInfo(**found)
+    except TypeError as error:
+        raise InputError(f"{path}: {first_line(error)}") from error
+    for one in fields(info):
+        kind = (int, float) if one.type is float else one.type
+        require(
+            isinstance(getattr(info, one.name), kind),
+            f"{path}: {one.name} must be of type {one.type.__name__}",
+        )
+    return info
+
+
+# What may be chosen
+
+MAX_VOCABULARY = 1 << 20
+MAX_TOKENS = 10**15
 
 
 @dataclass(frozen=True)
@@ -242,21 +123,29 @@ class Settings:
 
     def __post_init__(self):
         """Refuse what cannot be, before any work is done."""
-        for name in ("vocab_size", "max_tokens", "shard_tokens"):
+        for name, most in (
+            ("vocab_size", MAX_VOCABULARY),
+            ("max_tokens", MAX_TOKENS),
+            ("shard_tokens", MAX_TOKENS),
+        ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} {value}: must be at least 1")
-        if self.val_share is not None and not 0 < self.val_share < 1:
-            raise InputError(f"val_share {self.val_share}: not in (0, 1)")
-        small = self.vocab_size and self.vocab_size < BYTE_VOCABULARY
-        if self.tokenizer == "bpe" and small:
-            raise InputError(
-                f"vocab_size {self.vocab_size}: bytes and end of text need "
-                f"{BYTE_VOCABULARY}"
+            require(
+                value is None or 1 <= value <= most,
+                f"{name} {value}: must be from 1 to {most:,}",
             )
-        if self.tokenizer not in ("bpe", "gpt2"):
-            read_tokenizer(self.tokenizer)
+        require(
+            self.val_share is None or 0 < self.val_share < 1,
+            f"val_share {self.val_share}: not in (0, 1)",
+        )
+        if self.tokenizer == "bpe" and self.vocab_size:
+            require(
+                self.vocab_size >= BYTE_VOCABULARY,
+                f"vocab_size {self.vocab_size}: bytes and end of text need "
+                f"{BYTE_VOCABULARY}",
+            )
 
+
+# The tokenizer
 
 TRAIN_LETTERS = 200_000_000
 
@@ -274,39 +163,216 @@ def training_texts(corpus, limit=TRAIN_LETTERS):
 def trained_tokenizer(corpus, size):
     """A BPE fitted to a corpus; for docs, the cache remembers it."""
     if not corpus.source.startswith("docs_"):
-        return train_bpe(training_texts(corpus), size)
+        return for_documents(train_bpe(training_texts(corpus), size))
     version = importlib.metadata.version("tokenizers")
-    name = f"bpe_{corpus.source}_{version}_{size}"
-    kept = cache_folder() / name
+    kept = cache_folder() / f"bpe_{corpus.source}_{version}_{size}"
     if not (kept / "tokenizer.json").exists():
         save_tokenizer(train_bpe(training_texts(corpus), size), kept)
     return read_tokenizer(kept)
 
 
+def check_tokenizer(settings):
+    """Refuse a tokenizer that cannot be had or used, before any work.
+
+    Returns:
+        A list with the `digest` of a folder's tokenizer.json, else empty.
+    """
+    name = settings.tokenizer
+    if name == "gpt2":
+        load_tiktoken()
+    elif name != "bpe":
+        separator_id(name, read_tokenizer(name))
+        return [digest((Path(name) / "tokenizer.json").read_bytes())]
+    return []
+
+
 def make_tokenizer(settings, corpus, folder):
-    """Fill a tokenizer folder: trained, GPT-2's, or a copy -> V."""
+    """Fill the folder `tokenizer/`: trained, GPT-2's, or a copy.
+
+    Returns:
+        Its `tokenizers` object and V.
+    """
     name = settings.tokenizer
     if name == "bpe":
-        size = settings.vocab_size or 2048
-        save_tokenizer(trained_tokenizer(corpus, size), folder)
+        tokenizer = trained_tokenizer(corpus, settings.vocab_size or 2048)
+        save_tokenizer(tokenizer, folder)
     elif name == "gpt2":
         ranks = load_tiktoken()._mergeable_ranks
-        save_tokenizer(tokenizer_from_ranks(ranks), folder)
+        tokenizer = for_documents(tokenizer_from_ranks(ranks))
+        save_tokenizer(tokenizer, folder)
     else:
+        tokenizer = read_tokenizer(name)
         folder.mkdir(exist_ok=True)
         kinds = "tokenizer*.json", "special*.json", "*.jinja", "*.model"
         for kind in (*kinds, "added_tokens.json", "vocab.json", "merges.txt"):
             for file in Path(name).glob(kind):
-                shutil.copy(file, folder / file.name)
-    size = 1 + max(read_tokenizer(folder).get_vocab().values())
+                shutil.copyfile(file, folder / file.name)
+    size = 1 + max(tokenizer.get_vocab().values())
     if name != "bpe" and settings.vocab_size:
-        if settings.vocab_size < size:
-            raise InputError(
-                f"the tokenizer {name} has {size:,} tokens: a vocab_size of "
-                f"{settings.vocab_size:,} is too small for it"
-            )
+        require(
+            settings.vocab_size >= size,
+            f"the tokenizer {name} has {size:,} tokens: a vocab_size of "
+            f"{settings.vocab_size:,} is too small for it",
+        )
         size = settings.vocab_size  # more than needed: rows to spare
-    return size
+    return tokenizer, size
+
+
+# From documents to shards
+
+PIECE = 1 << 20  # letters of a long document that are encoded at once
+GROUP = 1 << 20  # letters that are given to all threads at once
+
+
+class Piece(NamedTuple):
+    """A document or a part of one."""
+
+    part: int  # of the corpus
+    split: str
+    starts: bool  # whether a document begins here
+    text: str
+
+
+def cut_pieces(parts, first=0):
+    """The documents of a corpus as pieces, from part `first` on."""
+    for number, part in enumerate(parts[first:], first):
+        for split, text in part():
+            at = 0
+            while at < len(text):
+                end = at + PIECE
+                if end < len(text):
+                    end = text.rfind("\n", at + PIECE // 2, end) + 1 or end
+                yield Piece(number, split, at == 0, text[at:end])
+                at = end
+
+
+def group_pieces(pieces):
+    """Lists of pieces, each of about a million letters."""
+    group, letters = [], 0
+    for piece in pieces:
+        group.append(piece)
+        letters += len(piece.text)
+        if letters >= GROUP:
+            yield group
+            group, letters = [], 0
+    if group:
+        yield group
+
+
+class ShardWriter:
+    """Cuts the ids of one split into shards of equal length."""
+
+    def __init__(self, folder, split, shard_tokens, **header):
+        self.folder, self.split = folder, split
+        self.shard_tokens = shard_tokens
+        self.header = header  # what every shard repeats
+        self.waiting = []  # arrays of ids that no shard holds yet
+        self.counts = dict.fromkeys(("shards", "documents"), 0)
+        self.counts |= dict.fromkeys(("tokens", "bytes"), 0)
+        self.stored = {"tokens": 0, "bytes": 0}  # of them, in shards
+
+    def add(self, ids, text_bytes, starts):
+        """Append the ids of a piece; write every shard that is full."""
+        self.counts["documents"] += starts
+        self.counts["tokens"] += len(ids)
+        self.counts["bytes"] += text_bytes
+        self.waiting.append(ids)
+        while self.left() >= self.shard_tokens:
+            self.flush()
+
+    def left(self):
+        """How many ids wait for the next shard."""
+        return self.counts["tokens"] - self.stored["tokens"]
+
+    def flush(self):
+        """Write the ids that wait as a shard, not more than fit."""
+        tokens = np.concatenate(self.waiting)
+        path = self.folder / f"{self.split}_{self.counts['shards']:05d}.bin"
+        size = self.counts["bytes"] - self.stored["bytes"]
+        now, later = np.split(tokens, [self.shard_tokens])
+        write_shard(path, now, text_bytes=size, **self.header)
+        self.waiting = [later.copy()]
+        self.counts["shards"] += 1
+        self.stored["tokens"] += len(now)
+        self.stored["bytes"] += size
+
+
+def save_progress(path, place, writers):
+    """Note the place in the corpus, and what each writer holds."""
+    state = [[writer.counts, writer.stored] for writer in writers]
+    note = json.dumps({"place": place, "state": state})
+    waiting = {w.split: np.concatenate(w.waiting or [[]]) for w in writers}
+    file = io.BytesIO()
+    np.savez(file, note=np.array(note), **waiting)
+    write_atomic(path, file.getvalue())
+
+
+def load_progress(path, writers):
+    """Restore the writers -> (part, pieces done in it)."""
+    if not path.exists():
+        return 0, 0
+    with np.load(path, allow_pickle=False) as arrays:
+        note = json.loads(str(arrays["note"]))
+        for writer, state in zip(writers, note["state"], strict=True):
+            writer.counts, writer.stored = state
+            writer.waiting = [arrays[writer.split].astype(np.uint32)]
+    return tuple(note["place"])
+
+
+def write_shards(corpus, writers, encode, separator, max_tokens, note):
+    """Encode a corpus into shards, from where an earlier run stopped.
+
+    With `max_tokens` this stops at the first document after so many. A corpus
+    of few documents, whose tails are the validation text, is cut within the
+    document instead, and the tail is kept.
+
+    Args:
+        writers: a `ShardWriter` for each split.
+        encode: the `Encoder`.
+        separator: the id in front of each document.
+        note: the file that `save_progress` writes, after each shard.
+    """
+    part, done = load_progress(note, writers)
+    pieces = itertools.islice(cut_pieces(corpus.parts, part), done, None)
+    by_split = {writer.split: writer for writer in writers}
+    front = np.array([separator], np.uint32)
+    limit = max_tokens or math.inf
+
+    def total(name):
+        return sum(writer.counts[name] for writer in writers)
+
+    def skipped(piece):
+        """Whether the rest of this document's training text is cut off."""
+        full = total("tokens") >= limit
+        return full and corpus.tails and piece.split == "train"
+
+    bar = tqdm(unit="B", unit_scale=True, disable=None, desc="text")
+    for group in group_pieces(pieces):
+        shards = total("shards")
+        texts = ["" if skipped(piece) else piece.text for piece in group]
+        for piece, text, ids in zip(group, texts, encode(texts), strict=True):
+            full = total("tokens") >= limit
+            if (
+                full
+                and piece.starts
+                and not (corpus.tails and piece.split == "val")
+            ):
+                return bar.close()
+            if corpus.tails and piece.split == "train":
+                room = max(0, limit - total("tokens") - piece.starts)
+                if len(ids) > room:
+                    text = encode.cut(text, room)
+                    (ids,) = encode([text])
+            if piece.starts:
+                ids = np.concatenate([front, ids])
+            size = len(text.encode())
+            by_split[piece.split].add(ids, size, piece.starts)
+            done = done + 1 if piece.part == part else 1
+            part = piece.part
+            bar.update(size)
+        if total("shards") > shards:
+            save_progress(note, (part, done), writers)
+    bar.close()
 
 
 def fill_folder(folder, settings, corpus, processes):
@@ -315,38 +381,39 @@ def fill_folder(folder, settings, corpus, processes):
     Returns:
         The fields of `DatasetInfo` that are known then, as a dict.
     """
-    place = folder / "tokenizer"
-    V = make_tokenizer(settings, corpus, place)
-    separator = separator_id(place, read_tokenizer(place))
-    name = digest((place / "tokenizer.json").read_bytes())
-    shape = settings.shard_tokens, V, name
-    writers = [ShardWriter(folder, s, *shape) for s in ("train", "val")]
-    encode = partial(
-        parallel_map,
-        encode_pieces,
-        processes=processes,
-        setup=start_encoder,
-        arguments=(place, settings.tokenizer, separator),
+    tokenizer, V = make_tokenizer(settings, corpus, folder / "tokenizer")
+    separator = separator_id(folder / "tokenizer", tokenizer)
+    name = digest((folder / "tokenizer" / "tokenizer.json").read_bytes())
+    header = dict(vocab_size=V, tokenizer=name)
+    writers = [
+        ShardWriter(folder, split, settings.shard_tokens, **header)
+        for split in ("train", "val")
+    ]
+    fast = load_tiktoken() if settings.tokenizer == "gpt2" else None
+    write_shards(
+        corpus,
+        writers,
+        Encoder(tokenizer, fast, processes),
+        separator,
+        settings.max_tokens,
+        folder / "progress.npz",
     )
-    note = folder / "progress.npz"
-    write_shards(corpus, writers, encode, settings.max_tokens, note)
     known = dict(tokenizer_hash=name, vocab_size=V, end_of_text=separator)
     for writer in writers:
         if writer.left():
             writer.flush()
-        for count in ("shards", "documents", "tokens", "bytes"):
-            known[f"{writer.split}_{count}"] = writer.counts[count]
-    note.unlink(missing_ok=True)
+        for count, value in writer.counts.items():
+            known[f"{writer.split}_{count}"] = value
     return known
 
 
 def describe(folder, settings, corpus, key, known):
-    """Measure the floors and write dataset.json."""
+    """Measure the baselines and write dataset.json."""
     for split in ("train", "val"):
-        if known[f"{split}_tokens"] < 2:
-            raise InputError(
-                f"no {split} text: add some, or raise max_tokens or val_share"
-            )
+        require(
+            known[f"{split}_tokens"] >= 2,
+            f"no {split} text: add some, or raise max_tokens or val_share",
+        )
     train, val = (first_tokens(folder, split) for split in ("train", "val"))
     sums = [read_header(p).checksum for p in sorted(folder.glob("*.bin"))]
     names = [corpus] if isinstance(corpus, str | Path) else corpus
@@ -364,85 +431,139 @@ def describe(folder, settings, corpus, key, known):
     write_json(folder / "dataset.json", asdict(info))
 
 
+# One folder, one writer, complete or unfinished
+
+NOTE = "settings"  # in a folder that is unfinished: what it will hold
+OWN = ("tokenizer", "train_*.bin", "val_*.bin", "progress.npz", NOTE)
+
+
 def finished(out, key):
-    """Whether the folder is there, made with the same settings.
+    """Whether the folder is complete and was made with the same settings.
+
+    `dataset.json` is written last, so where it is, all the rest is.
 
     Raises:
         InputError: it holds something else.
     """
-    if (out / "dataset.json").exists():
-        if load_dataset_info(out).settings != key:
-            raise InputError(
-                f"{out} holds another data set: delete it, or choose another "
-                "folder"
-            )
+    if os.path.lexists(out / "dataset.json"):
+        require(
+            load_dataset_info(out).settings == key,
+            f"{out} holds another data set: delete it, or choose another "
+            "folder",
+        )
         return True
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out} exists, but is not a data folder")
+    if out.is_dir() and not (out / NOTE).exists():
+        empty = not {p.name for p in out.iterdir()} - {"lock"}
+        require(empty, f"{out} holds files, but is not a data folder")
+    require(out.is_dir() or not out.exists(), f"{out} exists and is no folder")
     return False
 
 
-def claim_folder(folder, key):
-    """Make the folder for the parts, or find that of the same settings."""
-    note = folder / "settings"
-    if not note.exists() or note.read_text() != key:
-        if (folder / "progress.npz").exists():
-            raise InputError(
-                f"{folder} holds an unfinished data set with other settings: "
-                "delete it, or choose another folder"
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    for half_written in folder.rglob("*.tmp"):
-        half_written.unlink()
+def begin(out, key):
+    """Note what the folder will hold, or find the same note in it."""
+    note = out / NOTE
+    if note.exists() and note.read_text() != key:
+        require(
+            not (out / "progress.npz").exists(),
+            f"{out} holds an unfinished data set with other settings: delete "
+            "it, or choose another folder",
+        )
+        remove(out, *OWN)
+    remove(out, "*.tmp", "tokenizer/*.tmp")
     write_atomic(note, key.encode())
 
 
+def remove(folder, *patterns):
+    """Delete what carries one of our own names in a folder of ours."""
+    for path in itertools.chain.from_iterable(map(folder.glob, patterns)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
-def clear_errors(folder):
-    """Name a full disk; after bad input remove what was begun."""
+def locked(out):
+    """Let one process at a time into the folder, which is made if missing."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting: another process prepares {out}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # Windows: while it is open
+            (out / "lock").unlink(missing_ok=True)
+        lock.release()
+        if made and not any(out.iterdir()):
+            out.rmdir()
+
+
+@contextmanager
+def removed_after_bad_input(out):
+    """After bad input remove what was begun, unless hours of it are done."""
     try:
         yield
     except InputError:
-        if not (folder / "progress.npz").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        if not (out / "progress.npz").exists():
+            remove(out, *OWN)
         raise
+
+
+@contextmanager
+def system_errors(out):
+    """Turn what the system refuses into one line; name a full disk."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
-                f"the disk is full, {folder} is unfinished: free some space "
+                f"the disk is full, {out} is unfinished: free some space "
                 "and run the same command again, it will go on"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise InputError(f"{error.filename}: {error.strerror}") from error
-        raise
+        raise InputError(
+            f"{error.filename or out}: {error.strerror or error}"
+        ) from error
 
 
-def prepare(corpus, out, processes=None, **options):
+def prepare(corpus, out, processes=None, text_column=None, **options):
     """Make a data folder: shards, tokenizer/ and dataset.json.
+
+    A folder without dataset.json is unfinished; the same call goes on with
+    it. A second process with the same folder waits for the first.
 
     Args:
         corpus: "docs", "fineweb-edu", or a list of files.
-        out: the folder, which appears when it is complete.
+        out: the folder; missing, empty, or begun by this function.
         processes: workers; one for each processor unless given.
+        text_column: of jsonl and parquet files; "text" unless given.
         options: the fields of `Settings`.
 
     Returns:
-        Its `DatasetInfo`; at once if the folder is there already.
+        Its `DatasetInfo`; at once if the folder is complete already.
 
     Raises:
         InputError: input that cannot be used, or a full disk.
     """
-    settings, out = Settings(**options), Path(out)
-    text = open_corpus(corpus, settings.val_share, processes)
-    key = digest(json.dumps([asdict(settings), text.source]).encode())
-    if finished(out, key):
-        return load_dataset_info(out)
-    parts = out.with_name(out.name + ".partial")
-    with clear_errors(parts):
-        claim_folder(parts, key)
-        known = fill_folder(parts, settings, text, processes)
-        describe(parts, settings, corpus, key, known)
-        (parts / "settings").unlink()
-        os.replace(parts, out)
+    settings, out = Settings(**options), Path(os.path.realpath(out))
+    if processes:  # read when `tokenizers` starts its threads
+        os.environ["RAYON_NUM_THREADS"] = str(processes)
+    processes = processes or default_processes()
+    with system_errors(out):
+        asked = [asdict(settings), *check_tokenizer(settings)]
+        text = open_corpus(corpus, settings.val_share, processes, text_column)
+        key = digest(json.dumps([*asked, text.source]).encode())
+        if finished(out, key):
+            return load_dataset_info(out)
+        with locked(out):
+            if not finished(out, key):  # by the process we waited for
+                begin(out, key)
+                with removed_after_bad_input(out):
+                    known = fill_folder(out, settings, text, processes)
+                    describe(out, settings, corpus, key, known)
+                remove(out, "progress.npz", NOTE)
     return load_dataset_info(out)

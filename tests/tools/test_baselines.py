@@ -47,3 +47,13 @@ def test_bits_per_byte():
     fields = dict.fromkeys(prepare.DatasetInfo.__dataclass_fields__, 0)
     info = prepare.DatasetInfo(**{**fields, "bytes_per_token": 4.5})
     assert round(info.bits_per_byte(2.9555), 3) == 0.948
+
+
+@pytest.mark.parametrize("copies", [2, 3, 5])
+def test_text_given_several_times_has_a_finite_baseline(copies):
+    """No pair occurs once, so the estimate of the discount would be 0."""
+    text = np.arange(60) * 7 % 11
+    train = np.tile(text, copies)
+    val = np.array([0, 1, 2, 3, 0, 5])
+    assert 0 < baselines.bigram_nats(train, val, 11) < 10
+    assert np.isfinite(baselines.bigram_nats(train, train, 11))

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -162,7 +161,7 @@ def test_two_parts_and_a_stop_anywhere(tmp_path, monkeypatch):
             break
         except KeyboardInterrupt:
             stops += 1
-            assert not out.exists()
+            assert not (out / "dataset.json").exists()
         left[:] = [None] * 1000
         tool.prepare(paths, out, 1, **options)
         assert contents(out) == whole, allowed
@@ -173,24 +172,22 @@ def test_two_parts_and_a_stop_anywhere(tmp_path, monkeypatch):
 def test_kill_9_and_go_on(corpus, tmp_path):
     command = [*SCRIPT, "--corpus", str(corpus), "--vocab-size", "300"]
     command += ["--shard-tokens", "300", "--processes", "2"]
-    out, parts = tmp_path / "out", tmp_path / "out.partial"
+    out = tmp_path / "out"
     process = subprocess.Popen(
         [*command, "--out", out], stdout=subprocess.DEVNULL
     )
     for _ in range(6000):
-        if (parts / "train_00003.bin").exists() or process.poll() is not None:
+        if (out / "train_00003.bin").exists() or process.poll() is not None:
             break
         time.sleep(0.01)
-    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    assert workers and not alive, "workers outlive their parent"
-    assert parts.exists() != out.exists()
+    assert not (out / "dataset.json").exists()
+    with pytest.raises(InputError, match="no dataset.json"):
+        tool.load_dataset_info(out)
     for name in (out, tmp_path / "whole"):
         subprocess.run([*command, "--out", name], check=True)
     assert contents(out) == contents(tmp_path / "whole")
-    assert not parts.exists()
 
 
 def test_max_tokens_stops_behind_a_document(corpus, tmp_path):
@@ -310,6 +307,12 @@ def test_bad_corpus(name, tmp_path, prepare):
         (["--vocab-size", "200"], ["257"]),
         (["--vocab-size", "many"], ["invalid int"]),
         (["--shard-tokens", "0"], ["shard_tokens"]),
+        (["--vocab-size", "1" + 11 * "0"], ["vocab_size", "1,048,576"]),
+        (["--vocab-size", 23 * "9"], ["vocab_size", "1,048,576"]),
+        (["--max-tokens", 23 * "9"], ["max_tokens"]),
+        (["--shard-tokens", 23 * "9"], ["shard_tokens"]),
+        (["--processes", "9" * 9], ["--processes"]),
+        (["--text-column", "x"], ["text_column"]),
         (["--val-share", "1.5"], ["val_share"]),
         (["--val-share", "0.1"], ["own split"]),
         (["--processes", "0"], ["--processes"]),
@@ -330,6 +333,8 @@ def test_parquet_without_text(tmp_path, prepare):
     parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     options = ("--out", tmp_path / "data")
     refused(prepare("--corpus", tmp_path / "a.parquet", *options), '"text"')
+    options += ("--text-column", "body", "--vocab-size", 300)
+    refused(prepare("--corpus", tmp_path / "a.parquet", *options), "no val")
 
 
 def test_out_is_something_else(corpus, tmp_path, prepare):
@@ -362,17 +367,17 @@ def test_disk_full_then_go_on(corpus, tmp_path, monkeypatch):
     options = dict(vocab_size=300, shard_tokens=5000)
     write, left = shards.write_shard, [None] * 2
 
-    def full(*args):
+    def full(*args, **header):
         if not left:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         left.pop()
-        return write(*args)
+        return write(*args, **header)
 
     with monkeypatch.context() as patch:
         patch.setattr(tool, "write_shard", full)
         with pytest.raises(InputError, match="disk is full.*again"):
             tool.prepare([corpus], tmp_path / "data", 1, **options)
-    assert [p.name for p in tmp_path.glob("data*")] == ["data.partial"]
+    assert not (tmp_path / "data" / "dataset.json").exists()
     tool.prepare([corpus], tmp_path / "data", 1, **options)
     tool.prepare([corpus], tmp_path / "whole", 1, **options)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
@@ -404,3 +409,169 @@ def test_long_documents_are_cut_at_line_ends(monkeypatch):
     assert [p.starts for p in pieces] == [True] + [False] * (len(pieces) - 1)
     assert max(len(p.text) for p in pieces) <= 100
     assert all(p.text.endswith("\n") for p in pieces[:10])
+
+
+# The folder
+
+
+def test_out_may_be_a_link_or_the_current_folder(
+    corpus, tmp_path, monkeypatch
+):
+    """A big disk behind a link, a mounted volume: nothing is renamed onto it."""
+    options = dict(vocab_size=300, shard_tokens=5000)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    (tmp_path / "dangling").symlink_to(tmp_path / "later")
+    (tmp_path / "here").mkdir()
+    tool.prepare([corpus], tmp_path / "link", 1, **options)
+    tool.prepare([corpus], tmp_path / "dangling", 1, **options)
+    monkeypatch.chdir(tmp_path / "here")
+    tool.prepare([corpus], ".", 1, **options)
+    assert contents(tmp_path / "big") == contents(tmp_path / "here")
+    assert contents(tmp_path / "big") == contents(tmp_path / "later")
+    assert (tmp_path / "link").is_symlink()
+    assert os.path.samefile(".", tmp_path / "here")
+
+
+def test_no_folder_of_others_is_touched(corpus, tmp_path):
+    for name in ("data.partial", "data"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("three years of work")
+    with pytest.raises(InputError, match="data holds files, but is not"):
+        tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
+    (tmp_path / "data" / "thesis.txt").rename(tmp_path / "thesis.txt")
+    tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
+    assert (tmp_path / "data.partial" / "thesis.txt").exists()
+
+
+def test_bad_input_removes_only_what_was_begun(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [json.dumps({"text": text}) for text in documents(150)]
+    path.write_text("\n".join([*rows, "no json"]))
+    (tmp_path / "mine").mkdir()
+    for out in (tmp_path / "mine", tmp_path / "new"):
+        with pytest.raises(InputError, match="line 151"):
+            tool.prepare([path], out, 1, vocab_size=300)
+    assert not list((tmp_path / "mine").iterdir())
+    assert not (tmp_path / "new").exists()
+
+
+def test_three_at_once_make_one_folder(corpus, tmp_path):
+    command = [*SCRIPT, "--corpus", corpus, "--vocab-size", "300"]
+    command += ["--shard-tokens", "500", "--out", tmp_path / "data"]
+    command += ["--processes", "1"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    runs = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    said = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], said
+    assert len({out.split("of text")[0] for out, _ in said}) == 1
+    tool.prepare(
+        [corpus], tmp_path / "whole", 1, vocab_size=300, shard_tokens=500
+    )
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def test_a_touched_file_is_the_same_data_set(corpus, tmp_path):
+    tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
+    os.utime(corpus, (1, 1))
+    tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
+    corpus.write_text(corpus.read_text().replace("aa", "ab", 1))
+    with pytest.raises(InputError, match="another data set"):
+        tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
+
+
+def test_another_tokenizer_in_the_same_folder_is_another_data_set(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(documents(50)))
+    own = tmp_path / "tokenizer"
+    for size in (300, 310):
+        trained = tokenizers.train_bpe(documents(50), size)
+        tokenizers.save_tokenizer(trained, own)
+        if size == 300:
+            args = [tmp_path / "a.txt"], tmp_path / "data", 1
+            tool.prepare(*args, tokenizer=str(own))
+    with pytest.raises(InputError, match="another data set"):
+        tool.prepare(*args, tokenizer=str(own))
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda d: "", "no readable JSON"),
+        (lambda d: d[:100], "no readable JSON"),
+        (lambda d: "[1]", "no JSON object"),
+        (lambda d: "{}", "missing"),
+        (lambda d: d.replace('"vocab_size": 300', '"vocab_size": "x"'), "int"),
+        (lambda d: "{" + '"a": 1, ' + d[1:], "unexpected"),
+    ],
+)
+def test_a_damaged_dataset_json_is_one_line(corpus, tmp_path, damage, says):
+    tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
+    path = tmp_path / "data" / "dataset.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=f"dataset.json.*{says}"):
+        tool.load_dataset_info(tmp_path / "data")
+
+
+# What a training run relies on
+
+
+def test_a_separator_stands_in_front_of_each_document(corpus, tmp_path):
+    info = tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
+    for split in ("train", "val"):
+        ids = shards.first_tokens(tmp_path / "data", split)
+        count = int((ids == info.end_of_text).sum())
+        assert count == getattr(info, f"{split}_documents") > 1
+        assert ids[0] == info.end_of_text and ids[-1] != info.end_of_text
+
+
+def test_bits_a_byte_are_of_the_validation_text(tmp_path):
+    """Of a book whose end is in another script: 3 bytes a character there."""
+    (tmp_path / "a.txt").write_text(
+        "the cat sees a dog " * 100 + "模型读" * 30
+    )
+    info = tool.prepare(
+        [tmp_path / "a.txt"], tmp_path / "data", 1, vocab_size=280
+    )
+    found = read_back(tmp_path / "data")
+    (val,) = found["val"]
+    ids = shards.first_tokens(tmp_path / "data", "val")
+    assert info.bytes_per_token == len(val.encode()) / len(ids)
+    trained = info.train_bytes / info.train_tokens
+    assert trained > 2 * info.bytes_per_token
+    total = 1.5 * len(ids)  # a loss of 1.5 nats a token
+    expected = total / np.log(2) / len(val.encode())
+    assert info.bits_per_byte(1.5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("files", [1, 30])
+def test_max_tokens_within_few_documents(files, tmp_path):
+    """A book is cut within its text, and its end stays for validation."""
+    text = "".join(documents(150))
+    for number in range(files):
+        (tmp_path / f"{number:02d}.txt").write_text(text)
+    options = dict(vocab_size=300, max_tokens=3000)
+    paths = sorted(tmp_path.glob("*.txt"))
+    info = tool.prepare(paths, tmp_path / "data", 1, **options)
+    assert abs(info.train_tokens - 3000) <= 2
+    assert (info.train_documents, info.val_documents) == (1, 1)
+    found = read_back(tmp_path / "data")
+    assert text.startswith(found["train"][0])
+    assert text.endswith(found["val"][0])
+    assert info.train_bytes == len(found["train"][0].encode())
+
+
+def test_max_tokens_does_not_encode_the_rest_of_a_book(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "PIECE", 2000)
+    monkeypatch.setattr(tool, "GROUP", 2000)
+    (tmp_path / "a.txt").write_text("".join(documents(300)))
+    encoded = []
+    call = tokenizers.Encoder.__call__
+
+    def counted(self, texts):
+        encoded.extend(map(len, texts))
+        return call(self, texts)
+
+    monkeypatch.setattr(tokenizers.Encoder, "__call__", counted)
+    options = dict(vocab_size=300, max_tokens=1000)
+    tool.prepare([tmp_path / "a.txt"], tmp_path / "data", 1, **options)
+    assert sum(encoded) < 0.3 * (tmp_path / "a.txt").stat().st_size

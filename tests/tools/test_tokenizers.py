@@ -2,7 +2,10 @@
 
 import json
 import os
+import random
+import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -31,7 +34,8 @@ def bpe(tmp_path_factory):
 
 
 def test_bpe_round_trip_and_ids_of_auto_tokenizer(bpe):
-    encode, auto = tokenizers.Encoder(bpe), AutoTokenizer.from_pretrained(bpe)
+    encode = tokenizers.Encoder(tokenizers.read_tokenizer(bpe))
+    auto = AutoTokenizer.from_pretrained(bpe)
     for sample in SAMPLES:
         (ids,) = encode([sample])
         assert ids.dtype == np.uint32
@@ -49,7 +53,7 @@ def test_bpe_is_the_same_every_time(bpe):
 
 
 def test_special_token_in_a_document_stays_text(bpe):
-    (ids,) = tokenizers.Encoder(bpe)([SPECIAL])
+    (ids,) = tokenizers.Encoder(tokenizers.read_tokenizer(bpe))([SPECIAL])
     assert 0 not in ids
     assert tokenizers.read_tokenizer(bpe).decode(ids) == SPECIAL
 
@@ -75,7 +79,11 @@ def test_gpt2_ids_equal_tiktokens(tmp_path):
     folder = tmp_path / "gpt2"
     ranks = gpt2._mergeable_ranks
     tokenizers.save_tokenizer(tokenizers.tokenizer_from_ranks(ranks), folder)
-    fast, slow = tokenizers.Encoder(folder, "gpt2"), tokenizers.Encoder(folder)
+    reader = tokenizers.read_tokenizer(folder)
+    fast, slow = (
+        tokenizers.Encoder(reader, gpt2, 2),
+        tokenizers.Encoder(reader),
+    )
     auto = AutoTokenizer.from_pretrained(folder)
     for sample in (*SAMPLES, SPECIAL, prepare.prepare.__doc__):
         ids = gpt2.encode_ordinary(sample)
@@ -84,7 +92,6 @@ def test_gpt2_ids_equal_tiktokens(tmp_path):
         if sample != SPECIAL:
             assert auto(sample).input_ids == ids
     assert auto.eos_token_id == gpt2.eot_token == 50256
-    reader = tokenizers.read_tokenizer(folder)
     assert tokenizers.separator_id(folder, reader) == 50256
 
 
@@ -126,6 +133,61 @@ def test_tokenizer_folder_is_refused_when_unreadable(tmp_path):
     with pytest.raises(InputError, match="neither bpe nor gpt2"):
         tokenizers.read_tokenizer(tmp_path / "gtp2")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="not a tokenizer"):
+    with pytest.raises(
+        InputError, match="tokenizer.json cannot be read as a tokenizer"
+    ):
         tokenizers.read_tokenizer(tmp_path)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [('{"bos_token": ', "no readable JSON"), ("[1]", "no JSON object")],
+)
+def test_a_damaged_tokenizer_config_is_one_line(tmp_path, config, says):
+    core = tokenizers.byte_level(tokenizers.models.BPE())
+    core.add_special_tokens(["<s>"])
+    (tmp_path / "tokenizer.json").write_text(core.to_str())
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(InputError, match=f"tokenizer_config.json.*{says}"):
+        tokenizers.separator_id(tmp_path, tokenizers.read_tokenizer(tmp_path))
+
+
+def test_a_token_that_is_no_name_is_passed_over(tmp_path):
+    core = tokenizers.byte_level(tokenizers.models.BPE())
+    core.add_special_tokens(["</s>"])
+    (tmp_path / "tokenizer.json").write_text(core.to_str())
+    config = {"bos_token": 7, "eos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    reader = tokenizers.read_tokenizer(tmp_path)
+    assert tokenizers.separator_id(tmp_path, reader) == 0
+
+
+def test_one_long_word_is_cut_for_training_and_said(capsys):
+    word = "".join(random.Random(0).choices("ACGT", k=200_000))
+    start = time.process_time()
+    trained = tokenizers.train_bpe([word, "short words"], 300)
+    assert time.process_time() - start < 5
+    assert trained.get_vocab_size() == 300
+    said = capsys.readouterr().err
+    assert "cut 200 times" in said and said.count("\n") == 1
+    tokenizers.train_bpe(["short words"], 257)
+    assert capsys.readouterr().err == ""
+
+
+def test_cutting_loses_no_letter():
+    for text in ("a" * 95 + " b", " " * 40 + "ab", "", "x" * 10, "\n" * 11):
+        parts = tokenizers.cut_long_words(text, 10)
+        assert "".join(parts) == text
+        runs = [re.findall(r"\S+|\s+", part) for part in parts]
+        assert all(len(run) <= 10 for found in runs for run in found)
+
+
+def test_cut_gives_the_beginning_of_so_many_tokens(bpe):
+    encode = tokenizers.Encoder(tokenizers.read_tokenizer(bpe))
+    text = "def prepare(corpus): make é 你 a folder\n" * 3
+    (ids,) = encode([text])
+    for count in (0, 1, 7, 20, len(ids)):
+        part = encode.cut(text, count)
+        assert text.startswith(part)
+        assert abs(len(encode([part])[0]) - count) <= 2
