@@ -434,7 +434,7 @@ def describe(folder, settings, corpus, key, known):
 # One folder, one writer, complete or unfinished
 
 NOTE = "settings"  # in a folder that is unfinished: what it will hold
-OWN = ("tokenizer", "train_*.bin", "val_*.bin", "progress.npz", NOTE)
+OWN = ("tokenizer", "train_*.bin*", "val_*.bin*", "progress.npz*", NOTE)
 
 
 def finished(out, key):
@@ -443,20 +443,27 @@ def finished(out, key):
     `dataset.json` is written last, so where it is, all the rest is.
 
     Raises:
-        InputError: it holds something else.
+        InputError: it holds another data set.
     """
-    if os.path.lexists(out / "dataset.json"):
-        require(
-            load_dataset_info(out).settings == key,
-            f"{out} holds another data set: delete it, or choose another "
-            "folder",
-        )
-        return True
-    if out.is_dir() and not (out / NOTE).exists():
-        empty = not {p.name for p in out.iterdir()} - {"lock"}
-        require(empty, f"{out} holds files, but is not a data folder")
+    if not os.path.lexists(out / "dataset.json"):
+        return False
+    require(
+        load_dataset_info(out).settings == key,
+        f"{out} holds another data set: delete it, or choose another folder",
+    )
+    return True
+
+
+def check_folder(out, ours=()):
+    """Refuse a folder with files of others. `ours` are names that may be."""
     require(out.is_dir() or not out.exists(), f"{out} exists and is no folder")
-    return False
+    if out.exists() and not (out / NOTE).exists():
+        ours = ("lock", f"{NOTE}.*.tmp", *ours)
+        for path in out.iterdir():
+            require(
+                any(path.match(pattern) for pattern in ours),
+                f"{out} holds files ({path.name}), but is not a data folder",
+            )
 
 
 def begin(out, key):
@@ -559,8 +566,12 @@ def prepare(corpus, out, processes=None, text_column=None, **options):
         key = digest(json.dumps([*asked, text.source]).encode())
         if finished(out, key):
             return load_dataset_info(out)
+        # Another process may be at work in the folder: all that has one of
+        # our names may be its own. With the lock we look again.
+        check_folder(out, ours=(*OWN, "dataset.json*"))
         with locked(out):
-            if not finished(out, key):  # by the process we waited for
+            if not finished(out, key):
+                check_folder(out)
                 begin(out, key)
                 with removed_after_bad_input(out):
                     known = fill_folder(out, settings, text, processes)

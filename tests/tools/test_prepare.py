@@ -437,9 +437,13 @@ def test_no_folder_of_others_is_touched(corpus, tmp_path):
     for name in ("data.partial", "data"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").write_text("three years of work")
-    with pytest.raises(InputError, match="data holds files, but is not"):
+    with pytest.raises(InputError, match="data holds files .thesis.txt., but"):
         tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
     (tmp_path / "data" / "thesis.txt").rename(tmp_path / "thesis.txt")
+    (tmp_path / "data" / "tokenizer").mkdir()  # a name of ours, not our file
+    with pytest.raises(InputError, match="holds files .tokenizer., but"):
+        tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
+    (tmp_path / "data" / "tokenizer").rmdir()
     tool.prepare([corpus], tmp_path / "data", 1, vocab_size=300)
     assert (tmp_path / "data.partial" / "thesis.txt").exists()
 
