@@ -16,28 +16,21 @@ def check_number(name, value, whole=False):
     """Refuse what is not a number above 0; with `whole`, not an integer."""
     kinds, limit = (int, 2**31) if whole else ((int, float), 1e30)
     number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not (number and 0 < value < limit):
+    if not (number and value > 0):
         kind = "whole number of at least 1" if whole else "number above 0"
-        kind += f" and below {limit:.0e}"
         raise InputError(f"{name} must be a {kind}, not {value!r}")
+    require(value < limit, f"{name} {value} is too large")
 
 
-# The first five have no default in Hugging Face's files.
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+# These have no default in Hugging Face's files.
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size")
+NEEDED += ("num_hidden_layers", "num_attention_heads")
+SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def check_config(c):
-    """Refuse, by name, a field of a complete LlamaConfig that does not fit."""
-    for name in SIZES:
+    """Refuse, by name, a field of a LlamaConfig that does not fit."""
+    for name in NEEDED + SIZES:
         check_number(name, getattr(c, name), whole=True)
     for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
         check_number(name, getattr(c, name))
@@ -47,17 +40,15 @@ def check_config(c):
     ):
         a, b = getattr(c, name), getattr(c, unit)
         require(a % b == 0, f"{name} {a} is not a multiple of {unit} {b}")
-    C, tied, eos = c.head_dim, c.tie_word_embeddings, c.eos_token_id
+    C, D, tied = c.head_dim, c.hidden_size, c.tie_word_embeddings
     require(C % 2 == 0, f"head_dim must be even, not {C}: RoPE turns pairs")
     rows = max(c.vocab_size, c.intermediate_size, c.num_attention_heads * C)
-    require(
-        rows * c.hidden_size < 2**50,
-        f"a matrix of {rows} x hidden_size {c.hidden_size} fits nowhere",
-    )
+    require(rows * D < 2**50, f"no memory holds a matrix of {rows} x {D}")
     require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}")
+    eos = c.eos_token_id
     for id in (c.bos_token_id, *(eos if isinstance(eos, tuple) else [eos])):
         whole = isinstance(id, int) and not isinstance(id, bool)
-        require(id is None or whole, f"{id!r} is no id of a token")
+        require(id is None or whole, f"bos_token_id or eos_token_id is {id!r}")
 
 
 # The class
@@ -72,7 +63,7 @@ def option(default, help):
 class RopeScaling:
     """How a model stretches its positions to a longer context (chapter 4).
 
-    Type llama3 needs all fields. Type linear divides every angle by `factor`.
+    Type llama3 uses all fields, type linear only `factor`.
     """
 
     factor: float = option(8.0, "how many times longer the context becomes")
@@ -116,23 +107,16 @@ class LlamaConfig:
     eos_token_id: int | tuple | None = option(None, "id or ids that end it")
 
     def __post_init__(self):
-        D, H, eos = (
-            self.hidden_size,
-            self.num_attention_heads,
-            self.eos_token_id,
-        )
         for name in ("hidden_size", "num_attention_heads"):
             check_number(name, getattr(self, name), whole=True)
-        follow = {
-            "num_key_value_heads": H,
-            "head_dim": D // H,
-            "initializer_range": 0.5 / D**0.5,
-        }
-        changes = {k: v for k, v in follow.items() if getattr(self, k) is None}
-        if isinstance(eos, list):
-            changes["eos_token_id"] = tuple(eos)
-        for name, value in changes.items():
-            object.__setattr__(self, name, value)  # the class is frozen
+        D, H = self.hidden_size, self.num_attention_heads
+        follows = {"num_key_value_heads": H, "head_dim": D // H}
+        follows["initializer_range"] = 0.5 / D**0.5
+        for name, value in follows.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the class is frozen
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         check_config(self)
 
     @classmethod
@@ -142,7 +126,13 @@ class LlamaConfig:
 
     def to_hf(self):
         """The dictionary of a config.json; its dtype is left to the writer."""
-        return write_hf(self)
+        hf = {name: BUILT[name] for name in IMPLIED} | dataclasses.asdict(self)
+        rope, eos = hf["rope_scaling"], hf["eos_token_id"]
+        if rope and rope["rope_type"] == "linear":
+            rope = {name: rope[name] for name in ("rope_type", "factor")}
+        eos = list(eos) if isinstance(eos, tuple) else eos
+        name = {"architectures": ["LlamaForCausalLM"]}
+        return {**name, **hf, "rope_scaling": rope, "eos_token_id": eos}
 
 
 # Reading Hugging Face's configs
@@ -160,12 +150,13 @@ BUILT = {
     "use_sliding_window": False,
     "quantization_config": None,
 }
+IMPLIED = ("model_type", "hidden_act", "attention_bias", "mlp_bias")
 
 
 def refuse_unbuilt(hf):
     """Refuse, by name, an entry of config.json that is not built here."""
     for name, built in BUILT.items():
-        value = hf.get(name, built)
+        value = hf.get(name)
         # transformers turns GGUF into plain floats, and leaves a note.
         if isinstance(value, dict) and value.get("quant_method") == "gguf":
             continue
@@ -185,13 +176,13 @@ def read_rope(hf):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if any(isinstance(value, dict) for value in rope.values()):
         kind = "by layer"
-    if kind == "default":
-        return float(theta), None
     require(
-        kind in ("llama3", "linear"),
+        kind in ("default", "llama3", "linear"),
         f"config has rope type {kind!r}; "
         "this book builds 'default', 'llama3' and 'linear'",
     )
+    if kind == "default":
+        return float(theta), None
     names = [field.name for field in dataclasses.fields(RopeScaling)]
     names = names[:4] if kind == "llama3" else names[:1]
     missing = [name for name in names if name not in rope]
@@ -210,37 +201,18 @@ HF_DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MISTRAL_DEFAULTS = {
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-    "sliding_window": 4096,
-}
+MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
+MISTRAL["max_position_embeddings"] = 131_072
 
 
 def read_hf(hf):
     """The fields of a LlamaConfig from the dictionary of a config.json."""
-    if hf.get("model_type") == "mistral":  # a LLaMA, unless it has a window
-        hf = MISTRAL_DEFAULTS | hf | {"model_type": "llama"}
+    if hf.get("model_type") == "mistral":  # without a window, a LLaMA
+        hf = MISTRAL | hf | {"model_type": "llama"}
     refuse_unbuilt(hf)
-    missing = [name for name in SIZES[:5] if name not in hf]
+    missing = [name for name in NEEDED if name not in hf]
     require(not missing, f"config lacks {', '.join(missing)}")
-    fields = {name: hf[name] for name in SIZES[:5]}
+    fields = {name: hf[name] for name in NEEDED}
     fields |= {name: hf.get(name, HF_DEFAULTS[name]) for name in HF_DEFAULTS}
     fields["rope_theta"], fields["rope_scaling"] = read_rope(hf)
     return fields
-
-
-def write_hf(config):
-    """The dictionary of a config.json: our fields and what they imply."""
-    hf = dataclasses.asdict(config)
-    rope, eos = hf["rope_scaling"], hf["eos_token_id"]
-    if rope and rope["rope_type"] == "linear":
-        hf["rope_scaling"] = {"rope_type": "linear", "factor": rope["factor"]}
-    if isinstance(eos, tuple):
-        hf["eos_token_id"] = list(eos)
-    implied = ("model_type", "hidden_act", "attention_bias", "mlp_bias")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        **{name: BUILT[name] for name in implied},
-        **hf,
-    }

@@ -1,11 +1,15 @@
 """What scripts that use a finished model share: find it, load it, name its errors."""
 
+import codecs
+import sys
+import textwrap
+
 import torch
 
 from llama_tut.fast.generation import pack_weights
-from llama_tut.tools.files import InputError, require
+from llama_tut.tools.files import InputError, first_line, require
 from llama_tut.tools.pretrained import find_pretrained
-from llama_tut.weights import load_pretrained
+from llama_tut.weights import load_pretrained, read_config
 
 DTYPES = {
     "stored": None,
@@ -45,10 +49,16 @@ def load_tokenizer(folder):
         f"{folder} holds no tokenizer ({', '.join(files)}): copy the files "
         "of the tokenizer that the model was trained with into it",
     )
+    config = folder / "config.json"
+    require(
+        not config.read_bytes().startswith(codecs.BOM_UTF8),
+        f"{config} starts with a byte order mark, which the tokenizer's "
+        "reader refuses: save it without",
+    )
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the libraries raise a bare Exception here
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise InputError(
             f"the tokenizer in {folder} cannot be read: {reason}"
         ) from error
@@ -59,8 +69,7 @@ def check_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"device {name!r}: {reason}") from error
+        raise InputError(f"device {name!r}: {first_line(error)}") from error
 
 
 def load_transformers(folder, dtype, device):
@@ -72,8 +81,9 @@ def load_transformers(folder, dtype, device):
             folder, dtype=dtype or "auto"
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"transformers refuses {folder}: {reason}") from error
+        raise InputError(
+            f"transformers refuses {folder}: {first_line(error)}"
+        ) from error
     return model.to(device)
 
 
@@ -86,15 +96,17 @@ def load(args, transformers=False, packed=False):
     """
     check_device(args.device)
     folder = find_pretrained(args.model)
+    read_config(folder)  # before transformers reads it, for the tokenizer
     tokenizer = load_tokenizer(folder)
     loader = load_transformers if transformers else load_pretrained
     model = loader(folder, DTYPES[args.dtype], args.device)
     V = model.config.vocab_size
-    require(
-        len(tokenizer) <= V,
-        f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model "
-        f"{V}: they do not belong together",
-    )
+    if len(tokenizer) > V:  # a padding token, perhaps, that no text produces
+        print(
+            f"warning: the tokenizer in {folder} has {len(tokenizer)} tokens, "
+            f"the model {V}",
+            file=sys.stderr,
+        )
     if packed and not transformers and args.device == "cpu":
         model = pack_weights(model)
     return model.eval(), tokenizer

@@ -107,10 +107,21 @@ SMOLLM2_1_7B = SMOLLM2_135M | {
     "num_key_value_heads": 32,
     "rope_theta": 130000,
 }
+VICUNA_7B_16K = LLAMA_3_8B | {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_key_value_heads": 32,
+    "rope_scaling": {"factor": 4.0, "rope_type": "linear"},
+    "rope_theta": 10000.0,
+    "vocab_size": 32000,
+}
 REAL = {  # name: (config.json, parameters)
     "llama-3-8b": (LLAMA_3_8B, 8_030_261_248),
     "llama-3.1-8b-instruct": (LLAMA_31_8B_INSTRUCT, 8_030_261_248),
     "llama-3.2-1b": (LLAMA_32_1B, 1_235_814_400),
+    "vicuna-7b-16k": (VICUNA_7B_16K, 6_738_415_616),
     "smollm2-135m": (SMOLLM2_135M, 134_515_008),
     "smollm2-360m": (SMOLLM2_360M, 361_821_120),
     "smollm2-1.7b": (SMOLLM2_1_7B, 1_711_376_384),
@@ -171,7 +182,8 @@ def test_what_we_write_transformers_reads(real, tmp_path):
     assert type(theirs) is transformers.LlamaConfig
     assert LlamaConfig.from_hf(theirs) == ours
     assert theirs.rope_parameters["rope_theta"] == ours.rope_theta
-    kind = "default" if ours.rope_scaling is None else "llama3"
+    scaling = ours.rope_scaling
+    kind = "default" if scaling is None else scaling.rope_type
     assert theirs.rope_parameters["rope_type"] == kind
 
 
@@ -183,8 +195,48 @@ def test_details_of_llama_31():
     assert LlamaConfig.from_hf(LLAMA_32_1B).rope_scaling.factor == 32.0
 
 
+MISTRAL_7B_V03 = {
+    "architectures": ["MistralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 32768,
+}
+
+
+def test_mistral_without_a_window_is_a_llama():
+    ours = LlamaConfig.from_hf(MISTRAL_7B_V03)
+    assert count(ours) == 7_248_023_552
+    theirs = transformers.MistralConfig(**MISTRAL_7B_V03)
+    assert LlamaConfig.from_hf(theirs) == ours
+    assert ours.to_hf()["model_type"] == "llama"
+    assert LlamaConfig.from_hf(ours.to_hf()) == ours
+
+
+def test_mistral_has_defaults_of_its_own():
+    sizes = {name: MISTRAL_7B_V03[name] for name in module.NEEDED}
+    theirs = transformers.MistralConfig(**sizes, sliding_window=None)
+    given = sizes | {"model_type": "mistral", "sliding_window": None}
+    assert LlamaConfig.from_hf(given) == LlamaConfig.from_hf(theirs)
+
+
 def test_absent_entries_have_transformers_defaults():
-    sizes = {name: SMOLLM2_135M[name] for name in module.SIZES[:5]}
+    sizes = {name: SMOLLM2_135M[name] for name in module.NEEDED}
     theirs = transformers.LlamaConfig(**sizes)
     assert LlamaConfig.from_hf(sizes) == LlamaConfig.from_hf(theirs)
 
@@ -279,7 +331,29 @@ def test_what_is_not_built_is_refused_by_name(entry, said):
         LlamaConfig.from_hf(SMOLLM2_135M | entry)
 
 
-@pytest.mark.parametrize("name", module.SIZES[:5])
+HOSTILE = (True, -1, "x", [1], [{}], {"a": []}, {"rope_theta": "x"})
+HOSTILE += (float("nan"), float("inf"), 10**18, 10**400, 1e300)
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize("name", [*SMOLLM2_135M, "quantization_config"])
+def test_a_hostile_entry_is_read_or_refused_in_one_line(name, value):
+    for hf in (SMOLLM2_135M | {name: value}, new_form(SMOLLM2_135M)):
+        if "rope_parameters" in hf:
+            hf["rope_parameters"] = value
+        try:
+            config = LlamaConfig.from_hf(hf)
+            assert LlamaConfig.from_hf(config.to_hf()) == config
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_matrix_beyond_all_memory_is_refused():
+    with pytest.raises(InputError, match="no memory holds"):
+        LlamaConfig(hidden_size=2**30, vocab_size=2**30)
+
+
+@pytest.mark.parametrize("name", module.NEEDED)
 def test_a_missing_entry_is_named(name):
     hf = {k: v for k, v in SMOLLM2_135M.items() if k != name}
     with pytest.raises(InputError, match=f"config lacks {name}"):

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from llama_tut import weights
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
+from llama_tut.tools import safetensors_folder
 from llama_tut.tools.files import InputError
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.tools.safetensors_folder import INDEX, tensor_table
@@ -67,6 +68,10 @@ FORMS = {
         "rope_theta": 1e5,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
+    },
+    "vicuna-16k": {
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "max_position_embeddings": 4096,
     },
     "smollm2-1.7b": {
         "rope_theta": 1.3e5,
@@ -145,6 +150,47 @@ def test_the_dtype_is_the_stored_one_or_the_asked_one(form, tmp_path):
         if name in wide.state_dict():
             assert torch.equal(stored.state_dict()[name], tensor)
             assert torch.equal(wide.state_dict()[name], tensor.float())
+
+
+def test_mistral_without_a_window_loads_and_is_saved_as_a_llama(tmp_path):
+    sizes = SIZES | {"sliding_window": None, "rms_norm_eps": 1e-5}
+    theirs = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**sizes)
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "one")
+    ours = load_pretrained(tmp_path / "one")
+    assert largest_difference(ours, theirs) < 2e-5
+    save_pretrained(ours, tmp_path / "two")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert type(again) is transformers.LlamaForCausalLM
+    assert largest_difference(ours, again) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_each_file_is_opened_once(sharded, dtype, monkeypatch):
+    """Once to map it; and a cast reads it through once more."""
+    opened = []
+
+    def count(path, *args, **kwargs):
+        opened.append(Path(path).name)
+        return safe_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(safetensors_folder, "safe_open", count)
+    load_pretrained(sharded[0], dtype=dtype)
+    assert sorted(opened) == [path.name for path in sharded[1]]
+
+
+@pytest.mark.parametrize("layers", [1, 4, 100_000, 2_000_000_000])
+def test_the_depth_is_checked_before_a_model_is_built(layers, tmp_path):
+    save_pretrained(our_model(), tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    hf["num_hidden_layers"] = layers
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    said = f"num_hidden_layers {layers}, the checkpoint has 3"
+    with pytest.raises(InputError, match=said):
+        load_pretrained(tmp_path)
 
 
 def test_building_draws_no_random_number():

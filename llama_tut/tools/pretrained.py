@@ -221,6 +221,27 @@ def from_gguf(gguf):
     return build_once(kept, lambda folder: convert_apart(gguf, folder))
 
 
+def refuse_run(path):
+    """Say where the model is if `path` is a run, a checkpoint, or data."""
+    run = path
+    if path.name.startswith("step_") and path.parent.name == "checkpoints":
+        run = path.parent.parent
+    elif path.name == "checkpoints":
+        run = path.parent
+    if run != path or (path / "metrics.jsonl").exists():
+        model = run / "model"
+        require(
+            model.is_dir(),
+            f"{path} belongs to a run that is not finished: its model will be "
+            f"{model} (scripts/train.py --out {run} --resume goes on)",
+        )
+        raise InputError(f"{path} is no model but a run: take {model}")
+    require(
+        not (path / "dataset.json").is_file(),
+        f"{path} is prepared data, not a model",
+    )
+
+
 def find_pretrained(name=None):
     """A folder with config.json, safetensors and the tokenizer's files.
 
@@ -235,6 +256,7 @@ def find_pretrained(name=None):
     if name is None:
         return build_once(DEFAULT_MODEL, build_default)
     path = Path(name).expanduser()
+    refuse_run(path)
     if (path / "config.json").is_file():
         return path
     gguf = find_gguf(path)

@@ -44,11 +44,13 @@ def weight_files(folder):
         isinstance(shards, dict)
         and shards
         and all(
-            isinstance(shard, str) and Path(shard).name == shard
+            isinstance(shard, str)
+            and Path(shard).name == shard
+            and shard.endswith(".safetensors")
             for shard in shards.values()
         ),
         f"{folder / INDEX}: weight_map must name, for each tensor, a file of "
-        "this folder",
+        "this folder that ends in .safetensors",
     )
     files = [folder / shard for shard in sorted(set(shards.values()))]
     absent = [path.name for path in files if not path.is_file()]

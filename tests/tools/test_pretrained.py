@@ -162,6 +162,29 @@ def test_each_trouble_with_the_hub_has_its_sentence(monkeypatch):
             find_pretrained("owner/model")
 
 
+def test_a_run_is_told_from_its_model(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_00000006").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("")
+    places = (run, run / "checkpoints", run / "checkpoints/step_00000006")
+    for place in places:
+        with pytest.raises(InputError, match="not finished.*--resume"):
+            find_pretrained(place)
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    for place in places:
+        with pytest.raises(InputError, match=f"take {run / 'model'}"):
+            find_pretrained(place)
+    assert find_pretrained(run / "model") == run / "model"
+
+
+def test_prepared_data_is_no_model(tmp_path):
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(InputError, match="prepared data"):
+        find_pretrained(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_stretched_gguf_is_refused(tmp_path, cache):
     """transformers would drop the slowed angles of a Llama 3.1 in GGUF."""
