@@ -1,6 +1,8 @@
 """Checkpoints: exact, atomic, checked, and refused by name."""
 
 import errno
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +203,102 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     (tmp_path / ".tmp-step_00000001" / "model.safetensors").write_bytes(b"x")
     path = save_checkpoint(tmp_path, 1, model, optimizer, {})
     assert list(tmp_path.iterdir()) == [path]
+
+
+def newest_manifest(folder):
+    path = folder / "step_00000002" / "manifest.json"
+    return path, json.loads(path.read_text())
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    """A folder with the checkpoints of steps 1 and 2."""
+    model, optimizer = new()
+    for step in (1, 2):
+        train(model, optimizer, step, step + 1)
+        save_checkpoint(tmp_path, step, model, optimizer, {})
+    return tmp_path
+
+
+def test_a_manifest_must_list_every_part(two_steps):
+    path, manifest = newest_manifest(two_steps)
+    for name in list(manifest["files"]):
+        fewer = {n: v for n, v in manifest["files"].items() if n != name}
+        path.write_text(json.dumps({**manifest, "files": fewer}))
+        assert name in verify_checkpoint(path.parent)
+        lines = []
+        taken = latest_checkpoint(two_steps, lines.append)
+        assert taken.name == "step_00000001" and name in lines[0]
+
+
+def test_a_manifest_of_a_newer_version_stops_the_search(two_steps):
+    """Going on from the one before would delete what the newer one wrote."""
+    path, manifest = newest_manifest(two_steps)
+    path.write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(InputError, match="newer llama_tut"):
+        latest_checkpoint(two_steps)
+    for broken in ({"format": 1}, [], {**manifest, "step": 3}, {"format": 0}):
+        path.write_text(json.dumps(broken))
+        assert verify_checkpoint(path.parent)
+
+
+def test_a_file_with_the_name_of_a_step_is_no_checkpoint(two_steps):
+    stray = two_steps / "step_00000003"
+    stray.write_text("hi")
+    assert latest_checkpoint(two_steps).name == "step_00000002"
+    model, optimizer = new()
+    path = save_checkpoint(two_steps, 3, model, optimizer, {})
+    assert path.is_dir() and verify_checkpoint(path) is None
+    assert not list(two_steps.glob(".tmp*"))
+
+
+@pytest.mark.parametrize("what", ["iterdir", "read_bytes", "stat", "open"])
+def test_what_may_not_be_read_never_looks_like_nothing(
+    two_steps, monkeypatch, what
+):
+    """As another user's folder; root may read all, so the refusal is made."""
+    real = {"open": open}.get(what) or getattr(Path, what)
+
+    def refuse(path, *rest, **options):
+        if str(path).startswith(str(two_steps)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest, **options)
+
+    if what == "open":
+        monkeypatch.setattr("builtins.open", refuse)
+    else:
+        monkeypatch.setattr(Path, what, refuse)
+    with pytest.raises(InputError, match=str(two_steps)) as error:
+        latest_checkpoint(two_steps)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weights", "averages"])
+def test_what_is_not_finite_is_never_saved(tmp_path, where, value):
+    model, optimizer = new()
+    train(model, optimizer, 0, 1)
+    save_checkpoint(tmp_path, 1, model, optimizer, {})
+    weight = model.model.norm.weight
+    broken = weight if where == "weights" else optimizer.state[weight]
+    with torch.no_grad():
+        (broken if where == "weights" else broken["exp_avg"])[3] = value
+    with pytest.raises(InputError, match="not finite at step 2") as error:
+        save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=1)
+    assert "model.norm.weight" in str(error.value)
+    assert "--resume" in str(error.value) and "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    assert latest_checkpoint(tmp_path).name == "step_00000001"
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_saving_before_the_first_step_changes_nothing(tmp_path, name):
+    """torch's helper makes a missing state by a step of length 0, counted."""
+    model, optimizer = new(name)
+    path = save_checkpoint(tmp_path, 0, model, optimizer, {})
+    assert not optimizer.state
+    unsaved = train(*new(name), 0, 5)
+    assert train(model, optimizer, 0, 5) == unsaved
+    model, optimizer = new(name)
+    load_checkpoint(path, model, optimizer)
+    assert train(model, optimizer, 0, 5) == unsaved

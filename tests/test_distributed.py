@@ -1,4 +1,4 @@
-"""Chapter 16, on real processes: 1, 2 and 4 ranks, and ranks that are lost."""
+"""Ranks on real processes: 1, 2 and 4 ranks, and ranks that are lost."""
 
 import json
 import os
@@ -19,8 +19,6 @@ from llama_tut.distributed import (
     warm_up_ddp_buckets,
     wrap,
 )
-from llama_tut.tools.devices import choose_device
-from llama_tut.tools.files import InputError
 from llama_tut.tools.ranks import start, stop
 
 pytestmark = pytest.mark.skipif(
@@ -258,20 +256,6 @@ def test_hash_sees_the_sign_of_zero_and_ignores_wrappers():
     with torch.no_grad():
         model.weight.neg_()
     assert parameter_hash(model) != before
-
-
-@pytest.mark.parametrize("name", ["tpu", "", "cuda:x"])
-def test_unknown_devices_are_refused(name):
-    with pytest.raises(InputError, match="take auto, cpu, cuda or mps"):
-        choose_device(name)
-
-
-def test_fewer_gpus_than_ranks_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto", 1, 2) == torch.device("cuda", 1)
-    for name in ("auto", "cuda"):
-        with pytest.raises(InputError, match="4 wanted, 2 found"):
-            choose_device(name, 0, 4)
 
 
 def test_zz_a_hanging_rank_ends_the_job(stopped_job):

@@ -116,10 +116,13 @@ def connect(device, timeout):
         torch.cuda.set_device(device)
         # After a timeout NCCL would take a minute more to write a trace.
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-    with signals_end_us():
-        rendezvous = dist.rendezvous("env://", timeout=PATIENCE)
-        store, rank, world_size = next(rendezvous)
-        arrive(store, rank, world_size)
+    with signals_end_us(), announced_wait():
+        store, rank, world_size = next(
+            dist.rendezvous("env://", timeout=PATIENCE)
+        )
+        if store.add("arrived", 1) == world_size:
+            store.set("all arrived", "yes")
+        store.wait(["all arrived"], PATIENCE)
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -130,20 +133,23 @@ def connect(device, timeout):
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
-def arrive(store, rank, world_size):
-    """Wait at the store until all ranks are here; rank 0 says for how many."""
-    if store.add("arrived", 1) == world_size:
-        store.set("all arrived", "yes")
+@contextmanager
+def announced_wait():
+    """Rank 0 says that it waits for the others, if that takes long."""
+
+    def announce():
+        where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        count = os.environ["WORLD_SIZE"]
+        print(f"waiting for all {count} ranks at {where}", file=sys.stderr)
+
+    timer = threading.Timer(SILENCE_S, announce)
+    timer.daemon = True
+    if os.environ["RANK"] == "0":
+        timer.start()
     try:
-        store.wait(["all arrived"], timedelta(seconds=SILENCE_S))
-    except dist.DistStoreError:
-        missing = f"{world_size - store.add('arrived', 0)} of {world_size}"
-        if rank == 0:
-            print(f"waiting for {missing} ranks", file=sys.stderr)
-        try:
-            store.wait(["all arrived"], PATIENCE)
-        except dist.DistStoreError as error:
-            raise InputError(f"{missing} ranks did not come") from error
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
