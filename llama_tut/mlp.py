@@ -28,19 +28,15 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(I, D, bias=False)
 
     def init_weights(self, std, output_std, generator=None):
-        """Draw the matrices from a normal distribution, in place.
+        """Draw the matrices from N(0, std^2); down_proj has `output_std`.
 
         Args:
-            std: standard deviation of gate_proj and up_proj.
-            output_std: that of down_proj, which writes to the stream.
             generator: a `torch.Generator` on the weights' device, or None.
         """
-        for layer, each in (
-            (self.gate_proj, std),
-            (self.up_proj, std),
-            (self.down_proj, output_std),
-        ):
-            nn.init.normal_(layer.weight, std=each, generator=generator)
+        for layer in (self.gate_proj, self.up_proj):
+            nn.init.normal_(layer.weight, std=std, generator=generator)
+        weight = self.down_proj.weight
+        nn.init.normal_(weight, std=output_std, generator=generator)
 
     def forward(self, x):
         """x [B, T, D] -> [B, T, D]."""
