@@ -9,7 +9,7 @@ import dataclasses
 
 from llama_tut.tools.files import InputError, require
 
-# The sizes must fit
+# A config that cannot be wrong in silence
 
 
 def check_number(name, value, whole=False):
@@ -20,38 +20,6 @@ def check_number(name, value, whole=False):
         kind = "whole number of at least 1" if whole else "number above 0"
         raise InputError(f"{name} must be a {kind}, not {value!r}")
     require(value < limit, f"{name} {value} is too large")
-
-
-# These have no default in Hugging Face's files.
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size")
-NEEDED += ("num_hidden_layers", "num_attention_heads")
-SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-
-
-def check_config(c):
-    """Refuse, by name, a field of a LlamaConfig that does not fit."""
-    for name in NEEDED + SIZES:
-        check_number(name, getattr(c, name), whole=True)
-    for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-        check_number(name, getattr(c, name))
-    for name, unit in (
-        ("hidden_size", "num_attention_heads"),
-        ("num_attention_heads", "num_key_value_heads"),
-    ):
-        a, b = getattr(c, name), getattr(c, unit)
-        require(a % b == 0, f"{name} {a} is not a multiple of {unit} {b}")
-    C, D, tied = c.head_dim, c.hidden_size, c.tie_word_embeddings
-    require(C % 2 == 0, f"head_dim must be even, not {C}: RoPE turns pairs")
-    rows = max(c.vocab_size, c.intermediate_size, c.num_attention_heads * C)
-    require(rows * D < 2**50, f"no memory holds a matrix of {rows} x {D}")
-    require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}")
-    eos = c.eos_token_id
-    for id in (c.bos_token_id, *(eos if isinstance(eos, tuple) else [eos])):
-        whole = isinstance(id, int) and not isinstance(id, bool)
-        require(id is None or whole, f"bos_token_id or eos_token_id is {id!r}")
-
-
-# The class
 
 
 def option(default, help):
@@ -82,6 +50,49 @@ class RopeScaling:
         require(low < high, f"rope low_freq_factor {low} is not below {high}")
 
 
+# These have no default in Hugging Face's files.
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size")
+NEEDED += ("num_hidden_layers", "num_attention_heads")
+SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
+def complete(config):
+    """Fill in what follows from other fields, in place."""
+    for name in ("hidden_size", "num_attention_heads"):
+        check_number(name, getattr(config, name), whole=True)
+    D, H = config.hidden_size, config.num_attention_heads
+    follows = {"num_key_value_heads": H, "head_dim": D // H}
+    follows["initializer_range"] = 0.5 / D**0.5
+    for name, value in follows.items():
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, value)  # the class is frozen
+    if isinstance(config.eos_token_id, list):
+        object.__setattr__(config, "eos_token_id", tuple(config.eos_token_id))
+
+
+def check_config(c):
+    """Refuse, by name, a field of a LlamaConfig that does not fit."""
+    for name in NEEDED + SIZES:
+        check_number(name, getattr(c, name), whole=True)
+    for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+        check_number(name, getattr(c, name))
+    for name, unit in (
+        ("hidden_size", "num_attention_heads"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
+        a, b = getattr(c, name), getattr(c, unit)
+        require(a % b == 0, f"{name} {a} is not a multiple of {unit} {b}")
+    C, D, tied = c.head_dim, c.hidden_size, c.tie_word_embeddings
+    require(C % 2 == 0, f"head_dim must be even, not {C}: RoPE turns pairs")
+    rows = max(c.vocab_size, c.intermediate_size, c.num_attention_heads * C)
+    require(rows * D < 2**50, f"no memory holds a matrix of {rows} x {D}")
+    require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}")
+    eos = c.eos_token_id
+    for id in (c.bos_token_id, *(eos if isinstance(eos, tuple) else [eos])):
+        whole = isinstance(id, int) and not isinstance(id, bool)
+        require(id is None or whole, f"bos_token_id or eos_token_id is {id!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """All that decides the shape of a LLaMA, with Hugging Face's names.
@@ -107,16 +118,7 @@ class LlamaConfig:
     eos_token_id: int | tuple | None = option(None, "id or ids that end it")
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_attention_heads"):
-            check_number(name, getattr(self, name), whole=True)
-        D, H = self.hidden_size, self.num_attention_heads
-        follows = {"num_key_value_heads": H, "head_dim": D // H}
-        follows["initializer_range"] = 0.5 / D**0.5
-        for name, value in follows.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # the class is frozen
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        complete(self)
         check_config(self)
 
     @classmethod
@@ -126,16 +128,10 @@ class LlamaConfig:
 
     def to_hf(self):
         """The dictionary of a config.json; its dtype is left to the writer."""
-        hf = {name: BUILT[name] for name in IMPLIED} | dataclasses.asdict(self)
-        rope, eos = hf["rope_scaling"], hf["eos_token_id"]
-        if rope and rope["rope_type"] == "linear":
-            rope = {name: rope[name] for name in ("rope_type", "factor")}
-        eos = list(eos) if isinstance(eos, tuple) else eos
-        name = {"architectures": ["LlamaForCausalLM"]}
-        return {**name, **hf, "rope_scaling": rope, "eos_token_id": eos}
+        return write_hf(self)
 
 
-# Reading Hugging Face's configs
+# Reading a config.json
 
 BUILT = {
     "model_type": "llama",
@@ -150,7 +146,6 @@ BUILT = {
     "use_sliding_window": False,
     "quantization_config": None,
 }
-IMPLIED = ("model_type", "hidden_act", "attention_bias", "mlp_bias")
 
 
 def refuse_unbuilt(hf):
@@ -216,3 +211,17 @@ def read_hf(hf):
     fields |= {name: hf.get(name, HF_DEFAULTS[name]) for name in HF_DEFAULTS}
     fields["rope_theta"], fields["rope_scaling"] = read_rope(hf)
     return fields
+
+
+def write_hf(config):
+    """The dictionary of a config.json: our fields and what they imply."""
+    hf = {"architectures": ["LlamaForCausalLM"]}
+    for name in ("model_type", "hidden_act", "attention_bias", "mlp_bias"):
+        hf[name] = BUILT[name]
+    hf |= dataclasses.asdict(config)
+    rope, eos = hf["rope_scaling"], hf["eos_token_id"]
+    if rope and rope["rope_type"] == "linear":
+        hf["rope_scaling"] = {"rope_type": "linear", "factor": rope["factor"]}
+    if isinstance(eos, tuple):
+        hf["eos_token_id"] = list(eos)
+    return hf

@@ -9,6 +9,7 @@ import transformers
 from llama_tut import config as module
 from llama_tut.config import LlamaConfig, RopeScaling
 from llama_tut.tools.files import InputError
+from llama_tut.tools.meta import without_memory
 
 # Entries of the models' config.json on the Hugging Face hub, without the notes
 # that change nothing. The Llamas are as Meta published them for transformers 4.
@@ -364,3 +365,25 @@ def test_what_transformers_read_from_gguf_is_plain():
     note = {"quantization_config": {"quant_method": "gguf"}}
     hf = SMOLLM2_135M | note
     assert LlamaConfig.from_hf(hf) == LlamaConfig.from_hf(SMOLLM2_135M)
+
+
+def test_a_reader_that_passes_over_shared_keys_expects_other_shapes():
+    """As in meta-llama/llama3#129 and LlamaFactory#459: K becomes H."""
+    for hf, shape in ((LLAMA_3_8B, [4096, 4096]), (SMOLLM2_135M, [576, 576])):
+        wrong = {k: v for k, v in hf.items() if k != "num_key_value_heads"}
+        names = {"right": LlamaConfig.from_hf(hf)}
+        names["wrong"] = LlamaConfig.from_hf(wrong)
+        tables = {}
+        for name, config in names.items():
+            with without_memory():
+                model = transformers.LlamaForCausalLM(
+                    transformers.LlamaConfig(**config.to_hf())
+                )
+            tables[name] = {
+                k: list(p.shape) for k, p in model.named_parameters()
+            }
+        right, wrong = tables["right"], tables["wrong"]
+        assert right.keys() == wrong.keys()  # no name tells
+        misfits = [k for k in right if right[k] != wrong[k]]
+        assert len(misfits) == 2 * hf["num_hidden_layers"]
+        assert all(wrong[name] == shape for name in misfits)

@@ -18,70 +18,146 @@ UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False)
 EIGHT = LlamaConfig(128_256, 4096, 14_336, 32, 32, 8)
 
 
-def count(c, head=True, norm=True, C=None, K=None, mlp=3):
-    """Numbers in a model with config c; the options plant mistakes."""
-    D, C = c.hidden_size, C or c.head_dim
-    heads = c.num_attention_heads + (K or c.num_key_value_heads)
-    block = 2 * D * C * heads + mlp * D * c.intermediate_size + 2 * D
-    own = head and not c.tie_word_embeddings
-    tables = 2 if own else 1
-    return tables * c.vocab_size * D + c.num_hidden_layers * block + norm * D
+def table(c):
+    """{name: shape} of the tensors that tell the sizes of config c."""
+    D, C = c.hidden_size, c.head_dim
+    found = {"model.embed_tokens.weight": [c.vocab_size, D]}
+    for i in range(c.num_hidden_layers):
+        block = {
+            "self_attn.q_proj": [c.num_attention_heads * C, D],
+            "self_attn.k_proj": [c.num_key_value_heads * C, D],
+            "self_attn.v_proj": [c.num_key_value_heads * C, D],
+            "self_attn.o_proj": [D, c.num_attention_heads * C],
+            "mlp.gate_proj": [c.intermediate_size, D],
+            "mlp.up_proj": [c.intermediate_size, D],
+            "mlp.down_proj": [D, c.intermediate_size],
+            "input_layernorm": [D],
+            "post_attention_layernorm": [D],
+        }
+        for name, shape in block.items():
+            found[f"model.layers.{i}.{name}.weight"] = shape
+    found["model.norm.weight"] = [D]
+    if not c.tie_word_embeddings:
+        found["lm_head.weight"] = [c.vocab_size, D]
+    return found
 
 
-@exercise("config.parameters")
-def check_parameters(answer):
-    """How many numbers does a model have?"""
-    found = answer(TIED)
-    expect(found != count(TIED, norm=False), "the last norm is missing")
+@exercise("config.table")
+def check_table(answer):
+    """{name: shape} of every tensor, from the config."""
+    for config in (TIED, UNTIED, EIGHT):
+        wanted = table(config)
+        found = answer(config)
+        expect(isinstance(found, dict), "return a dictionary {name: shape}")
+        found = {name: list(shape) for name, shape in found.items()}
+        expect(
+            not all(f"{name}.weight" in wanted for name in found),
+            "every name ends in .weight",
+        )
+        head = "lm_head.weight"
+        expect(
+            (head in found) <= (head in wanted),
+            "a tied model has no lm_head.weight: it uses the embedding",
+        )
+        expect(
+            (head in found) >= (head in wanted),
+            "a model that is not tied has an lm_head.weight",
+        )
+        expect("model.norm.weight" in found, "the last norm is missing")
+        check_names(found, wanted, config.num_hidden_layers)
+        for name, shape in wanted.items():
+            check_shape(config, name, found[name], shape)
+
+
+def check_names(found, wanted, layers):
+    """The hints about names that are missing or unknown."""
+    extra, missing = sorted(set(found) - set(wanted)), set(wanted) - set(found)
     expect(
-        found != count(TIED, C=16),
+        not any(name.startswith(f"model.layers.{layers}.") for name in extra),
+        f"blocks are numbered from 0: the last of {layers} is {layers - 1}",
+    )
+    expect(
+        not any("layernorm" in name for name in missing),
+        "a block has two norms, input_layernorm and post_attention_layernorm",
+    )
+    expect(not missing, f"{min(missing, default='')} is missing")
+    expect(not extra, f"{extra[:1]} is not in such a file")
+
+
+def check_shape(config, name, found, wanted):
+    """The hint about one shape."""
+    D, C, H = config.hidden_size, config.head_dim, config.num_attention_heads
+    expect(
+        "k_proj" not in name and "v_proj" not in name or found != [H * C, D],
+        "keys and values have K heads, fewer than the queries",
+    )
+    narrow = [x * (D // H) // C if x != D else x for x in wanted]
+    expect(
+        found == wanted or "self_attn" not in name or found != narrow,
         "C is config.head_dim, which need not be D / H",
     )
     expect(
-        found != count(TIED, K=4),
-        "keys and values have K heads, fewer than the queries",
+        found == wanted or found != wanted[::-1],
+        f"{name} is {found}: a weight is stored as [out, in]",
     )
-    expect(
-        found != count(TIED, mlp=2),
-        "an MLP has three matrices: gate, up and down",
-    )
-    expect(
-        found == count(TIED),
-        f"{found} for a tied model of 3 blocks: it is {count(TIED)}",
-    )
-    expect(
-        answer(UNTIED) != count(UNTIED, head=False),
-        "a model that is not tied has a second matrix of V x D",
-    )
-    expect(
-        answer(EIGHT) == 8_030_261_248,
-        "right for small models, but Llama 3 8B has 8,030,261,248",
-    )
+    expect(found == wanted, f"{name} is {found}, it must be {wanted}")
 
 
-@wrong("config.parameters", "the last norm")
+@wrong("config.table", "every name ends in .weight")
+def without_weight(config):
+    return {k.removesuffix(".weight"): s for k, s in table(config).items()}
+
+
+@wrong("config.table", "a tied model has no")
+def always_a_head(config):
+    return table(dataclasses.replace(config, tie_word_embeddings=False))
+
+
+@wrong("config.table", "that is not tied has")
+def never_a_head(config):
+    return table(dataclasses.replace(config, tie_word_embeddings=True))
+
+
+@wrong("config.table", "the last norm")
 def no_last_norm(config):
-    return count(config, norm=False)
+    found = table(config)
+    del found["model.norm.weight"]
+    return found
 
 
-@wrong("config.parameters", "need not be D / H")
-def width_of_a_head_by_division(config):
-    return count(config, C=config.hidden_size // config.num_attention_heads)
+@wrong("config.table", "numbered from 0")
+def blocks_from_one(config):
+    return {
+        ".".join(
+            str(int(x) + 1) if x.isdigit() else x for x in k.split(".")
+        ): s
+        for k, s in table(config).items()
+    }
 
 
-@wrong("config.parameters", "K heads")
+@wrong("config.table", "two norms")
+def one_norm_a_block(config):
+    found = table(config).items()
+    return {k: s for k, s in found if "post_attention" not in k}
+
+
+@wrong("config.table", "K heads")
 def every_head_has_keys(config):
-    return count(config, K=config.num_attention_heads)
+    H = config.num_attention_heads
+    return table(dataclasses.replace(config, num_key_value_heads=H))
 
 
-@wrong("config.parameters", "three matrices")
-def two_matrices_in_the_mlp(config):
-    return count(config, mlp=2)
+@wrong("config.table", "need not be D / H")
+def width_of_a_head_by_division(config):
+    return table(dataclasses.replace(config, head_dim=None))
 
 
-@wrong("config.parameters", "a second matrix")
-def always_tied(config):
-    return count(config, head=False)
+@wrong("config.table", "stored as [out, in]")
+def in_before_out(config):
+    return {
+        k: s if "embed" in k or "lm_head" in k else s[::-1]
+        for k, s in table(config).items()
+    }
 
 
 def header(path):
@@ -145,30 +221,6 @@ def not_in_shape(path, name):
     return numbers(path, name, header(path)[0], whole=False).numpy()
 
 
-def table(c):
-    """{name: shape} of the tensors that tell the sizes of config c."""
-    D, C = c.hidden_size, c.head_dim
-    found = {"model.embed_tokens.weight": [c.vocab_size, D]}
-    for i in range(c.num_hidden_layers):
-        block = {
-            "self_attn.q_proj": [c.num_attention_heads * C, D],
-            "self_attn.k_proj": [c.num_key_value_heads * C, D],
-            "self_attn.v_proj": [c.num_key_value_heads * C, D],
-            "self_attn.o_proj": [D, c.num_attention_heads * C],
-            "mlp.gate_proj": [c.intermediate_size, D],
-            "mlp.up_proj": [c.intermediate_size, D],
-            "mlp.down_proj": [D, c.intermediate_size],
-            "input_layernorm": [D],
-            "post_attention_layernorm": [D],
-        }
-        for name, shape in block.items():
-            found[f"model.layers.{i}.{name}.weight"] = shape
-    found["model.norm.weight"] = [D]
-    if not c.tie_word_embeddings:
-        found["lm_head.weight"] = [c.vocab_size, D]
-    return found
-
-
 def sizes(c):
     """What the table of config c tells."""
     names = ("vocab_size", "hidden_size", "intermediate_size")
@@ -206,7 +258,8 @@ def check_from_table(answer):
             )
         expect(
             found["group"] == right["group"],
-            "group is rows of q_proj by rows of k_proj",
+            f"group {found['group']}: it is the rows of q_proj divided by the "
+            "rows of k_proj, a whole number",
         )
 
 
@@ -240,6 +293,17 @@ def tied_where_there_is_a_head(stored):
 def input_for_output(stored):
     rows = stored["model.layers.0.mlp.down_proj.weight"][0]
     return read(stored) | {"intermediate_size": rows}
+
+
+@wrong("config.from_table", "rows of q_proj divided")
+def keys_by_queries(stored):
+    return read(stored) | {"group": 1 / read(stored)["group"]}
+
+
+@wrong("config.from_table", "stored as [out, in]")
+def embedding_the_other_way(stored):
+    D, V = stored["model.embed_tokens.weight"]
+    return read(stored) | {"vocab_size": V, "hidden_size": D}
 
 
 @wrong("config.from_table", "there may be a block 11")
