@@ -5,19 +5,23 @@ python scripts/exercises.py 03_rmsnorm  one
 
 Exits 1 where a chapter has fewer than two exercises, a checker refuses the
 chapter's solution, or it lets a wrong answer pass or gives it the wrong hint.
+Exercises with fewer than three wrong answers are listed.
 """
 
+import ast
 import sys
 from importlib import import_module
 
 import nbformat
-from export import modules
+from export import NOTEBOOKS, module_path, modules
 
 from llama_tut import exercises
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import InputError
 
-LEAST = 2  # exercises a chapter, and wrong answers an exercise
+LEAST = 2  # exercises a chapter
+LEAST_WRONG = 3  # wrong answers an exercise
+FEW_WRONG_ANSWERS_FAIL = False  # or are they only listed?
 
 
 def tagged(notebook, tag):
@@ -26,39 +30,73 @@ def tagged(notebook, tag):
     return [c.source for c in cells if tag in c.metadata.get("tags", [])]
 
 
-def solutions(notebook, module):
+def chapters():
+    """{notebook's stem: (its path, its name)} of chapters with exercises."""
+    notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    return {n.stem: (n, n.stem.split("_", 1)[1]) for n in notebooks}
+
+
+def imports(notebook):
+    """The import statements of a notebook's cells."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    trees = [ast.parse(c.source) for c in cells if c.cell_type == "code"]
+    return "\n".join(
+        ast.unparse(node)
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    )
+
+
+def solutions(notebook):
     """{exercise: verdict}: what its checker says of the folded solution.
 
-    A solution cell sees the names of its chapter's module, and `check`.
+    A solution cell sees what its chapter imports and exports, and `check`.
     """
     said = {}
 
     def record(name, answer):
         said[name] = exercises.verdict(name, answer)
 
-    space = vars(import_module(f"llama_tut.{module}"))
+    space = {}
+    exec(imports(notebook), space)
+    if notebook in modules():
+        path = module_path(notebook.stem).removesuffix(".py")
+        space.update(
+            vars(import_module(f"llama_tut.{path.replace('/', '.')}"))
+        )
     for source in tagged(notebook, "solution"):
         exec(source, {**space, "__name__": "solution", "check": record})
     return said
 
 
-def faults(notebook, module):
+def faults(notebook, chapter):
     """Print the exercises of one chapter; return what is wrong with them."""
     found = []
     try:
-        import_module(f"llama_tut.exercises.{module}")
+        import_module(f"llama_tut.exercises.{chapter}")
     except ModuleNotFoundError:
         return [f"{notebook.stem}: no exercises"]
-    names = [n for n in exercises.EXERCISES if n.split(".")[0] == module]
+    names = [n for n in exercises.EXERCISES if n.split(".")[0] == chapter]
     if len(names) < LEAST:
         found.append(f"{notebook.stem}: {len(names)} exercises, not {LEAST}")
-    solved = solutions(notebook, module)
+    solved = solutions(notebook)
     for name in sorted({*solved, *names}):
         if name not in names or name not in solved:
             found.append(f"{name}: exercise without solution, or the reverse")
     for name in names:
         found += report(notebook, name, solved.get(name))
     return found
+
+
+def few_wrong_answers(names):
+    """The exercises whose checker is tried on too few wrong answers."""
+    counts = {name: len(exercises.EXERCISES[name].wrong) for name in names}
+    return [
+        f"{name}: {count} wrong answers, not {LEAST_WRONG}"
+        for name, count in counts.items()
+        if count < LEAST_WRONG
+    ]
 
 
 def report(notebook, name, solved):
@@ -70,8 +108,8 @@ def report(notebook, name, solved):
     print(f"    solution: {solved}")
     if solved != "right":
         found.append(f"{name}: the solution gets {solved!r}")
-    if len(one.wrong) < LEAST:
-        found.append(f"{name}: {len(one.wrong)} wrong answers, not {LEAST}")
+    if FEW_WRONG_ANSWERS_FAIL:
+        found += few_wrong_answers([name])
     for answer, hint in one.wrong:
         said = exercises.verdict(name, answer)
         print(f"    {answer.__name__}: {said}")
@@ -88,7 +126,7 @@ def main():
         "chapters", nargs="*", help="as 03_rmsnorm (default: every chapter)"
     )
     args = parser.parse_args()
-    table = {n.stem: (n, module.stem) for n, module in modules().items()}
+    table = chapters()
     unknown = set(args.chapters) - set(table)
     if unknown:
         raise InputError(
@@ -98,6 +136,9 @@ def main():
     found = []
     for name in args.chapters or table:
         found += faults(*table[name])
+    if not FEW_WRONG_ANSWERS_FAIL:
+        for line in few_wrong_answers(exercises.EXERCISES):
+            print(f"note: {line}")
     print(f"{len(exercises.EXERCISES)} exercises, {len(found)} faults")
     for fault in found:
         print(f"fault: {fault}", file=sys.stderr)

@@ -11,6 +11,7 @@ give; `make exercises` shows that each gets the hint that belongs to it. The
 solutions stand in the chapters, folded.
 """
 
+import traceback
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -62,20 +63,48 @@ def expect(condition, hint):
         raise Hint(hint)
 
 
+def describe(value):
+    """What kind of thing an answer returned, in words for a hint."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, list | tuple):
+        kind = type(value).__name__
+        return f"a {kind} of {len(value)}"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    if isinstance(value, bool | int | float):
+        return f"the number {value}"
+    return f"a {type(value).__name__}"
+
+
 def expect_close(found, wanted, hint, tolerance=1e-5):
     """Raise the hint unless `found` is `wanted`: numbers, lists or tensors.
 
-    A wrong shape gets a hint of its own. The tolerance is relative, and
+    Another kind of thing and a wrong shape get hints of their own, which say
+    what was returned and what it must be. The tolerance is relative, and
     absolute below 1.
     """
-    found, wanted = torch.as_tensor(found), torch.as_tensor(wanted)
+    wanted = torch.as_tensor(wanted)
+    shape = list(wanted.shape)
+    kind = f"a tensor of shape {shape}" if shape else "one number"
+    try:
+        numbers = torch.as_tensor(found)
+        if numbers.is_complex() and not wanted.is_complex():
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError):
+        raise Hint(f"it returned {describe(found)}, not {kind}") from None
     expect(
-        found.shape == wanted.shape,
-        f"the result has shape {list(found.shape)}, "
-        f"it must be {list(wanted.shape)}",
+        numbers.shape == wanted.shape,
+        f"it returned {describe(found)}, not {kind}: the result has shape "
+        f"{list(numbers.shape)}, it must be {shape}",
     )
-    found, wanted = found.detach().double(), wanted.detach().double()
-    expect(torch.allclose(found, wanted, rtol=tolerance, atol=tolerance), hint)
+    numbers, wanted = numbers.detach(), wanted.detach()
+    exact = torch.complex128 if wanted.is_complex() else torch.float64
+    numbers, wanted = numbers.to(exact), wanted.to(exact)
+    close = torch.allclose(numbers, wanted, rtol=tolerance, atol=tolerance)
+    if not close and not numbers.isfinite().all() and wanted.isfinite().all():
+        hint = f"{hint} (some of your numbers are infinite or not a number)"
+    expect(close, hint)
 
 
 def find(name):
@@ -88,12 +117,50 @@ def find(name):
         raise ValueError(f"there is no exercise {name!r}") from None
 
 
+def where(error, answer):
+    """The line of the reader's function in which `error` was raised, or ''.
+
+    The innermost line of the file or cell that defines `answer`; deeper lines
+    belong to PyTorch.
+    """
+    code = getattr(answer, "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [
+        frame.line
+        for frame in frames
+        if code and frame.filename == code.co_filename and frame.line
+    ]
+    return lines[-1] if lines else ""
+
+
+def sentence(error, answer):
+    """An exception in the reader's code, as one sentence."""
+    last = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = f"it raised {type(error).__name__}"
+    if last:
+        said += f": {last[-1]}"
+    line = where(error, answer)
+    return f"{said}, in your line `{line}`" if line else said
+
+
 def verdict(name, answer):
-    """'right', or what is wrong with the function `answer`."""
+    """'right', or what is wrong with the function `answer`.
+
+    What the answer raises becomes a sentence with the reader's own line. So
+    does what a checker raises when it computes with a result of the wrong
+    kind or shape: the sentence says what the answer returned.
+    """
+    returned = []
 
     def attempt(*args, **options):
-        result = answer(*args, **options)
+        try:
+            result = answer(*args, **options)
+        except Hint:
+            raise
+        except Exception as error:  # the reader's code may raise anything
+            raise Hint(sentence(error, answer)) from error
         expect(result is not None, "it returns nothing yet")
+        returned.append(result)
         return result
 
     checker = find(name).checker
@@ -101,8 +168,14 @@ def verdict(name, answer):
         checker(attempt)
     except Hint as hint:
         return str(hint)
-    except Exception as error:  # the reader's code may raise anything
-        return f"it raised {type(error).__name__}: {error}"
+    except Exception as error:
+        if not returned:
+            raise  # the checker itself is broken
+        line = str(error).strip().splitlines() or [type(error).__name__]
+        return (
+            f"it returned {describe(returned[-1])}, and that cannot be "
+            f"compared with the right answer ({line[-1].strip()})"
+        )
     return "right"
 
 
