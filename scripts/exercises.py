@@ -9,6 +9,7 @@ Exercises with fewer than three wrong answers are listed.
 """
 
 import ast
+import re
 import sys
 from importlib import import_module
 
@@ -38,14 +39,18 @@ def chapters():
 
 def imports(notebook):
     """The import statements of a notebook's cells."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    trees = [ast.parse(c.source) for c in cells if c.cell_type == "code"]
-    return "\n".join(
-        ast.unparse(node)
-        for tree in trees
-        for node in tree.body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    )
+    found = []
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        # a cell with a magic command is not Python, and imports nothing here
+        if cell.cell_type == "code" and not re.search(
+            r"^\s*[%!]", cell.source, re.M
+        ):
+            found += [
+                ast.unparse(node)
+                for node in ast.parse(cell.source).body
+                if isinstance(node, ast.Import | ast.ImportFrom)
+            ]
+    return "\n".join(found)
 
 
 def solutions(notebook):
