@@ -13,7 +13,7 @@ from llama_tut.block import LlamaDecoderLayer
 from llama_tut.rmsnorm import LlamaRMSNorm
 from llama_tut.rope import LlamaRotaryEmbedding
 
-# From tokens to the stream and through it
+# The body
 
 
 class LlamaModel(nn.Module):
@@ -42,7 +42,11 @@ class LlamaModel(nn.Module):
         cache=None,
         inputs_embeds=None,
     ):
-        """input_ids [B, T] -> [B, T, D]; the rest as in `LlamaForCausalLM`."""
+        """input_ids [B, T], or inputs_embeds [B, T, D] -> [B, T, D].
+
+        position_ids: [T] or [B, T]; default: from cache[0].length or 0.
+        attention_mask: as in `attend`. cache: one object for each layer.
+        """
         x = inputs_embeds  # [B, T, D]
         if x is None:
             x = self.embed_tokens(input_ids)  # [B, T, D]
@@ -57,7 +61,7 @@ class LlamaModel(nn.Module):
         return self.norm(x)  # [B, T, D]
 
 
-# The loss, plainly
+# The loss
 
 
 def next_token_loss(hidden, weight, targets):
@@ -75,25 +79,20 @@ def next_token_loss(hidden, weight, targets):
 
 
 class LlamaForCausalLM(nn.Module):
-    """LLaMA: token ids to logits, or to the loss; config: `LlamaConfig`."""
+    """Token ids to logits, or to the loss; config: `LlamaConfig`."""
 
     compute_loss = staticmethod(next_token_loss)  # replaceable: chapter 19
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.model = LlamaModel(config)
+        self.config, self.model = config, LlamaModel(config)
         D, V = config.hidden_size, config.vocab_size
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(D, V, bias=False)
         self.init_weights()
 
     def init_weights(self, generator=None):
-        """Draw all parameters, in place (generator: on the same device).
-
-        Matrices from N(0, initializer_range^2), those that write to the
-        stream divided by sqrt(2L) (Radford et al., 2019, section 2.3).
-        """
+        """Draw all parameters, in place, as section 2.3 of Radford, 2019."""
         std = self.config.initializer_range
         output_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         self.model.init_weights(std, output_std, generator)
@@ -103,41 +102,26 @@ class LlamaForCausalLM(nn.Module):
     @property
     def output_weight(self):
         """The head's matrix, [V, D]; in a tied model the embedding."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.weight  # [V, D]
-        return self.lm_head.weight  # [V, D]
+        tied = self.config.tie_word_embeddings
+        table = self.model.embed_tokens if tied else self.lm_head
+        return table.weight  # [V, D]
 
     def head(self, x):
         """The normalised stream, [..., D], to logits, [..., V]."""
         return F.linear(x, self.output_weight)  # [..., V]
 
-    def forward(
-        self,
-        input_ids=None,
-        position_ids=None,
-        attention_mask=None,
-        cache=None,
-        targets=None,
-        inputs_embeds=None,
-    ):
-        """input_ids [B, T] -> logits [B, T, V], or with targets the loss [].
+    def forward(self, input_ids=None, *, targets=None, **inputs):
+        """Logits [B, T, V], or with targets [B, T] the loss [].
 
-        Args:
-            position_ids: [T] or [B, T]; default: from cache[0].length or 0.
-            attention_mask: as in `attend`; default: causal.
-            cache: a list with one object for each layer (chapter 11).
-            targets: [B, T], the next tokens; -100 does not count.
-            inputs_embeds: [B, T, D], vectors in place of `input_ids`.
+        A target of -100 does not count. `inputs`: as in `LlamaModel`.
         """
-        x = self.model(
-            input_ids, position_ids, attention_mask, cache, inputs_embeds
-        )  # [B, T, D]
+        x = self.model(input_ids, **inputs)  # [B, T, D]
         if targets is None:
             return self.head(x)  # [B, T, V]
         return self.compute_loss(x, self.output_weight, targets)  # []
 
     def flops_per_token(self, sequence_length, training=True):
-        """FLOPs for each token of a text, by the formula below."""
+        """FLOPs for each token of a text, by the function of this name."""
         return flops_per_token(self.config, sequence_length, training)
 
 

@@ -3,10 +3,133 @@
 import math
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from llama_tut.config import LlamaConfig
 from llama_tut.exercises import exercise, expect, expect_close, wrong
-from llama_tut.model import flops_per_token, parameter_count
+from llama_tut.model import LlamaForCausalLM, flops_per_token, parameter_count
+
+
+def stream_of(body, ids, start=0):
+    """The body step by step, without the last norm."""
+    x = body.embed_tokens(ids)
+    cos, sin = body.rotary_emb(torch.arange(start, start + ids.shape[1]))
+    for layer in body.layers:
+        x = layer(x, cos, sin)
+    return x
+
+
+@exercise("model.loss")
+@torch.no_grad()
+def check_loss(answer):
+    """The loss of a whole model, step by step."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=0.4,
+    )
+    model = LlamaForCausalLM(config)
+    nn.init.uniform_(model.model.norm.weight, 0.5, 1.5)
+    body, weight = model.model, model.output_weight
+    ids = torch.randint(0, 50, (2, 9))
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    all_count = answer(body, weight, inputs, targets.clone())
+    expect(
+        torch.as_tensor(all_count).numel() == 1,
+        "give one number: the mean over all positions",
+    )
+    cases = {
+        no_final_norm: "the head reads the stream through the last norm",
+        summed: "the mean over the positions, not the sum",
+        shifted_again: "the targets are already shifted",
+        by_two: "the natural logarithm",
+        first_block_only: "the stream runs through every block",
+        no_logarithm: "the loss is minus the *logarithm* of the probability",
+        wrong_sign: "minus the logarithm: a loss is positive",
+        over_time: "the softmax runs over the vocabulary, the last axis",
+    }
+    for case, hint in cases.items():
+        value = case(body, weight, inputs, targets)
+        expect(abs(float(all_count) - float(value)) > 1e-4, hint)
+    wanted = model(inputs, targets=targets)
+    expect_close(all_count, wanted, f"it must be {wanted:.4f}", 1e-4)
+    targets[0, 2:6] = -100
+    found = answer(body, weight, inputs, targets.clone())
+    wanted = model(inputs, targets=targets)
+    expect(
+        abs(float(found) - float(wanted) * 12 / 16) > 1e-4,
+        "divide by the number of targets that count",
+    )
+    expect_close(found, wanted, "a target of -100 does not count", 1e-4)
+
+
+def losses(stream, weight, targets):
+    """Loss of each position from the normed stream."""
+    logits = (stream @ weight.T).flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), reduction="none")
+
+
+@wrong("model.loss", "the last norm")
+def no_final_norm(body, weight, ids, targets):
+    return losses(stream_of(body, ids), weight, targets).mean()
+
+
+@wrong("model.loss", "not the sum")
+def summed(body, weight, ids, targets):
+    return losses(body(ids), weight, targets).sum()
+
+
+@wrong("model.loss", "already shifted")
+def shifted_again(body, weight, ids, targets):
+    return losses(body(ids)[:, :-1], weight, targets[:, 1:]).mean()
+
+
+@wrong("model.loss", "natural logarithm")
+def by_two(body, weight, ids, targets):
+    return losses(body(ids), weight, targets).mean() / math.log(2)
+
+
+@wrong("model.loss", "every block")
+def first_block_only(body, weight, ids, targets):
+    x = body.embed_tokens(ids)
+    x = body.layers[0](x, *body.rotary_emb(torch.arange(ids.shape[1])))
+    return losses(body.norm(x), weight, targets).mean()
+
+
+@wrong("model.loss", "*logarithm*")
+def no_logarithm(body, weight, ids, targets):
+    return 1 - (-losses(body(ids), weight, targets)).exp().mean()
+
+
+@wrong("model.loss", "is positive")
+def wrong_sign(body, weight, ids, targets):
+    return -losses(body(ids), weight, targets).mean()
+
+
+@wrong("model.loss", "the last axis")
+def over_time(body, weight, ids, targets):
+    log_p = (body(ids) @ weight.T).log_softmax(1)
+    return -log_p.gather(-1, targets.clamp(min=0)[..., None]).mean()
+
+
+@wrong("model.loss", "number of targets that count")
+def divided_by_all(body, weight, ids, targets):
+    return losses(body(ids), weight, targets).sum() / targets.numel()
+
+
+@wrong("model.loss", "does not count")
+def pads_are_token_0(body, weight, ids, targets):
+    return losses(body(ids), weight, targets.clamp(min=0)).mean()
+
+
+@wrong("model.loss", "one number")
+def each_position(body, weight, ids, targets):
+    return losses(body(ids), weight, targets)
 
 
 @exercise("model.targets")
@@ -115,12 +238,19 @@ def check_half_attention(answer):
             vocab_size=5000,
             hidden_size=64,
             intermediate_size=160,
-            num_hidden_layers=3,
+            num_hidden_layers=5,
             num_attention_heads=4,
             tie_word_embeddings=tied,
         )
         found, wanted = answer(config), right(config)
         hints = {
+            half_width(config): "the width of attention is H * C, and there "
+            "are L layers of it: 4LTHC",
+            4 * wanted: "there are H heads of C numbers each",
+            1 / wanted: "it is the other way round: N over attention's FLOPs "
+            "for one token",
+            wanted / 2: "2N = 4LTHC: a weight takes two FLOPs, a product and "
+            "a sum",
             2 * wanted: "attention has two products: scores and weighted sums",
             3 * wanted: "backward triples both: it cancels",
             without_head(config): "the head is a product, tied or not",
@@ -134,7 +264,8 @@ def check_half_attention(answer):
         expect(
             abs(found / wanted - 1) < 1e-3,
             f"{found:.0f} tokens, it is {wanted:.0f} for the config of the "
-            f"check (tied: {tied})",
+            f"check (tied: {tied}). Set 2N = 4LTHC, with N all matrices "
+            "and the head, and solve for T",
         )
     smol = LlamaConfig(
         vocab_size=49_152,
@@ -156,6 +287,31 @@ def a_token(config):
 
 def right(config):
     return flops_per_token(config, 0, training=False) / a_token(config)
+
+
+def half_width(config):
+    """One layer's attention only."""
+    return right(config) * config.num_hidden_layers
+
+
+@wrong("model.half_attention", "L layers of it")
+def one_layer_of_attention(config):
+    return half_width(config)
+
+
+@wrong("model.half_attention", "other way round")
+def upside_down(config):
+    return 1 / right(config)
+
+
+@wrong("model.half_attention", "a product and a sum")
+def one_flop_a_weight(config):
+    return right(config) / 2
+
+
+@wrong("model.half_attention", "H heads of C numbers")
+def one_head(config):
+    return right(config) * config.num_attention_heads
 
 
 @wrong("model.half_attention", "tied or not")
