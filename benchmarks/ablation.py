@@ -7,7 +7,7 @@ apart, until the best has a worse one on both sides. Where the two best are
 closer than CLOSE, a second seed decides, as a rate at the edge of what is stable
 can be lucky once. The chosen rate runs on three fresh seeds, rows that spread
 much on five. A seed decides
-the first weights and the order of the rows, so rows of one seed see the same
+the initialisation and the order of the rows, so rows of one seed see the same
 tokens in the same order.
 Stop it with Ctrl-C; the same command goes on. Writes
 benchmarks/results/ablation.json and optimizers.json.
@@ -34,7 +34,7 @@ RATES = [0.0005 * 2**i for i in range(7)]  # 0.5e-3 to 32e-3
 CHOICE = 1200  # items of continuation choice
 SHORT, LONG = 128, 256  # context in training, and twice that
 ROWS = [*LADDER, TWIN, *BESIDE]
-SPREAD = list(LADDER)[:6]  # first weights of 0.02
+SPREAD = list(LADDER)[:6]  # initialised with 0.02
 
 COMMON = {
     "sequence_length": SHORT,
@@ -185,7 +185,7 @@ def ladder(root, data):
     ]
     runs = run_grid(root, data, jobs)
     for job, run in zip(jobs, runs, strict=True):
-        if run["row"] in ("first weights", *BESIDE):
+        if run["row"] in ("initialisation", *BESIDE):
             run["loss_by_position"] = loss_by_position(job, root, data)
     return {"rows": ROWS, "rates": best, "tuning": tuning, "runs": runs}
 

@@ -146,12 +146,14 @@ def run_job(job, root, data):
             return json.loads(path.read_text())
         except ValueError:
             pass  # damaged: made anew from the run's own files
-    out.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     config = configure(
         {**job.options, "data": str(data), "out": str(out), "resume": True}
     )
     began = time.perf_counter()
-    with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+    # Beside the folder: a run refuses one that holds something else.
+    log = out.with_name(out.name + ".log")
+    with open(log, "a") as file, contextlib.redirect_stdout(file):
         last = train(config, job.build)
     if last is None or last["step"] < config.steps:
         return None

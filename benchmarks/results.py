@@ -11,10 +11,11 @@ import json
 
 import numpy as np
 
-from llama_tut.gpt2 import LADDER, TWIN, paired_difference
+from llama_tut.gpt2 import LADDER, TWIN
 from llama_tut.tools import cli
 from llama_tut.tools.files import InputError
 from llama_tut.tools.machine import RESULTS
+from llama_tut.tools.statistics import unpaired_interval
 
 
 def read(name):
@@ -37,11 +38,11 @@ def by_row(found, key="val_loss"):
 
 
 def compare(losses, row, other):
-    """Paired difference of two rows, as text: mean ± half of the interval."""
-    seeds = losses[row].keys() & losses[other].keys()
-    own, others = ([losses[r][s] for s in sorted(seeds)] for r in (row, other))
-    gap, half = paired_difference(own, others)
-    return f"{gap:+.3f} ± {half:.3f}, {len(seeds)} seeds, to {other}"
+    """Difference of two rows, as text: mean ± half of Welch's interval."""
+    own, others = (list(losses[name].values()) for name in (row, other))
+    gap, half = unpaired_interval(own, others)
+    seeds = f"{len(own)} and {len(others)} seeds"
+    return f"{gap:+.3f} ± {half:.3f}, {seeds}, to {other}"
 
 
 def mean(numbers):
@@ -75,14 +76,14 @@ def reference(row):
 
 
 def print_ladder():
-    """Rung, parameters, FLOPs, seeds, paired difference, interval."""
+    """Rung, parameters, FLOPs, seeds, difference, interval."""
     found = read("ablation")
     losses, firsts = by_row(found), first_runs(found)
     print(f"The ladder, {firsts[found['rows'][0]]['tokens']:,} tokens a run")
     print(origin(found))
     print(
         f"{'row':20}{'parameters':>11}{'MFLOPs/token':>13}{'rate':>8}"
-        f"{'nats':>8}   difference at equal seed (95 %)"
+        f"{'nats':>8}   difference (95 %, unpaired)"
     )
     for row, run in firsts.items():
         line = (
@@ -147,7 +148,7 @@ def print_optimizers():
     print(origin(found))
     print(
         f"{'row':24}{'rate':>7}{'tokens':>10}{'seconds':>9}{'nats':>8}"
-        f"{'bits/byte':>11}   difference at equal seed (95 %)"
+        f"{'bits/byte':>11}   difference (95 %, unpaired)"
     )
     for row in rows:
         rate = firsts[row]["options"]["learning_rate"]

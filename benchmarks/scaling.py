@@ -227,7 +227,7 @@ def write_prediction(records, info, root):
         if old["grid"] == mark:
             print(f"{path} stands, made at {old['predicted_at']}")
             return old
-    if any(Path(root).glob("largest-*/started")):
+    if any(Path(root).glob("largest-*.started")):
         raise InputError(
             f"the largest run has begun in {root}, and {path} is not "
             "of this grid: what was said now would be no prediction"
@@ -285,7 +285,8 @@ def main():
     low, high = said["val_loss_95"]
     print(f"predicted {said['val_loss']:.3f} nats, {low:.3f} to {high:.3f}")
     last = largest_job(said["largest"]["D"], V)
-    started = last.folder(args.runs) / "started"
+    folder = last.folder(args.runs)
+    started = folder.with_name(folder.name + ".started")
     if not started.exists():
         started.parent.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")

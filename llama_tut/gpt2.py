@@ -64,9 +64,9 @@ class LadderConfig:
 
 
 class LearnedPositions(nn.Module):
-    """Embedding of a token plus a learned vector of its place.
+    """Embedding of a token plus a learned vector of its position.
 
-    Rows start at place 0: there is no cache behind it.
+    Positions start at 0: it works without a cache only.
     """
 
     def __init__(self, config):
@@ -85,7 +85,7 @@ class LearnedPositions(nn.Module):
 
 
 class NoRotation(LlamaRotaryEmbedding):
-    """Tables that turn nothing: every token stands at place 0."""
+    """Tables that turn nothing: every token stands at position 0."""
 
     def forward(self, position_ids):
         """Positions -> cos 1 and sin 0, shapes as in the class above it."""
@@ -159,15 +159,25 @@ def swap_parts(model, config):
                     module.bias = nn.Parameter(bias)
 
 
-def build_ladder(config):
-    """A model with random weights, as a `LadderConfig` names its parts."""
-    model = LlamaForCausalLM(config)
-    swap_parts(model, config)
-    model.init_weights()
-    if config.positions == "learned":
-        table = model.model.embed_tokens.positions
-        nn.init.normal_(table, std=config.initializer_range)
-    return model
+class LadderForCausalLM(LlamaForCausalLM):
+    """A LLaMA with the parts that a `LadderConfig` names."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_parts(self, config)
+        self.init_weights()
+        if config.positions == "learned":
+            table = self.model.embed_tokens.positions
+            nn.init.normal_(table, std=config.initializer_range)
+
+    def flops_per_token(self, sequence_length, training=True):
+        """FLOPs for each token of a text, counted from the matrices."""
+        c = self.config
+        layers = self.model.layers.parameters()
+        weights = sum(p.numel() for p in layers if p.ndim == 2)
+        weights += c.vocab_size * c.hidden_size  # the head
+        read = 4 * c.num_hidden_layers * sequence_length * c.hidden_size
+        return (3 if training else 1) * (2 * weights + read)
 
 
 # Check: equal to transformers' GPT-2
@@ -221,9 +231,16 @@ def from_gpt2(theirs):
     """
     c = theirs.config
     check_gpt2(c)
-    shape = c.vocab_size, c.n_embd, c.n_inner or 4 * c.n_embd
-    counts = c.n_layer, c.n_head, c.n_positions
-    model = build_ladder(LadderConfig(*shape, *counts))
+    model = LadderForCausalLM(
+        LadderConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.n_inner or 4 * c.n_embd,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            max_position_embeddings=c.n_positions,
+        )
+    )
     state = {}
     for name, w in theirs.state_dict().items():
         if name.endswith((".attn.bias", ".masked_bias", "lm_head.weight")):
@@ -231,9 +248,9 @@ def from_gpt2(theirs):
         if ".c_" in name and name.endswith("weight"):
             w = w.T  # stored as [inputs, outputs]
         if ".c_attn." in name:
-            for part, piece in zip("qkv", w.chunk(3), strict=True):
-                place = name.replace("attn.c_attn", f"self_attn.{part}_proj")
-                state[rename_gpt2(place)] = piece
+            for letter, piece in zip("qkv", w.chunk(3), strict=True):
+                own = name.replace("attn.c_attn", f"self_attn.{letter}_proj")
+                state[rename_gpt2(own)] = piece
         else:
             state[rename_gpt2(name)] = w
     model.load_state_dict(state)
@@ -249,14 +266,14 @@ LADDER = {
     "SwiGLU": {"activation": "swiglu"},
     "no biases": {"bias": False},
     "untied head": {"tie_word_embeddings": False},
-    "first weights": {"initializer_range": None},
+    "initialisation": {"initializer_range": None},
 }
 
 
 def size_of(config):
     """Parameters of a `LadderConfig`, without the table of positions."""
     with torch.device("meta"):
-        model = build_ladder(config)
+        model = LadderForCausalLM(config)
     named = model.named_parameters()
     return sum(p.numel() for n, p in named if not n.endswith(".positions"))
 
@@ -311,30 +328,12 @@ def rung(name, base):
 def build_rung(config, info, name):
     """A row's model for `train`; the options give D, L, H and P."""
     c = llama_config(config, info)
-    shape = c.vocab_size, c.hidden_size, 4 * c.hidden_size
-    counts = c.num_hidden_layers, c.num_attention_heads
-    base = LadderConfig(*shape, *counts, c.max_position_embeddings)
-    return build_ladder(rung(name, base))
-
-
-# How far can two runs differ by chance?
-
-
-def t_quantile(freedom, p=0.975):
-    """Student's t, below which the share p > 0.5 lies; freedom of 2 or more."""
-    t = torch.linspace(0, 500, 500_001, dtype=torch.float64)
-    density = (1 + t.square() / freedom) ** (-(freedom + 1) / 2)
-    area = torch.cumulative_trapezoid(density, t)
-    return t[torch.searchsorted(area / area[-1], 2 * p - 1)].item()
-
-
-def paired_difference(losses, others):
-    """Mean of losses - others at equal seed, and half of its 95 % interval.
-
-    Args:
-        losses, others: one number a seed, three or more.
-    """
-    difference = torch.as_tensor(losses) - torch.as_tensor(others)
-    n = len(difference)
-    error = (difference.var() / n) ** 0.5
-    return difference.mean().item(), t_quantile(n - 1) * error.item()
+    base = LadderConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=4 * c.hidden_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        max_position_embeddings=c.max_position_embeddings,
+    )
+    return LadderForCausalLM(rung(name, base))

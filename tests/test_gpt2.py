@@ -17,12 +17,10 @@ from llama_tut.gpt2 import (
     LADDER,
     TWIN,
     LadderConfig,
-    build_ladder,
+    LadderForCausalLM,
     from_gpt2,
-    paired_difference,
     rung,
     size_of,
-    t_quantile,
     with_size,
 )
 from llama_tut.model import LlamaForCausalLM, flops_per_token
@@ -87,7 +85,7 @@ def test_loss_and_gradients_equal_transformers():
 @pytest.mark.parametrize("row", ROWS)
 def test_every_parameter_of_a_row_learns(row):
     torch.manual_seed(0)
-    model = build_ladder(rung(row, BASE))
+    model = LadderForCausalLM(rung(row, BASE))
     ids = torch.randint(300, (2, 65))
     model(ids[:, :-1], targets=ids[:, 1:]).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None]
@@ -118,16 +116,16 @@ def test_rows_have_equal_parameters():
     sizes = {name: size_of(rung(name, base)) for name in ROWS}
     for name in list(LADDER)[:5]:
         assert abs(sizes[name] / sizes["GPT-2"] - 1) < 1e-3, name
-    for name in ["first weights", TWIN, *BESIDE]:
+    for name in ["initialisation", TWIN, *BESIDE]:
         assert abs(sizes[name] / sizes["untied head"] - 1) < 1e-3, name
 
 
 def test_last_rung_is_our_llama():
     torch.manual_seed(0)
-    top = rung("first weights", BASE)
+    top = rung("initialisation", BASE)
     shape = (300, 48, top.intermediate_size, 3, 2)
     llama = LlamaForCausalLM(LlamaConfig(*shape, max_position_embeddings=64))
-    model = build_ladder(top)
+    model = LadderForCausalLM(top)
     llama.load_state_dict(model.state_dict())
     ids = torch.randint(300, (2, 64))
     with torch.no_grad():
@@ -135,19 +133,20 @@ def test_last_rung_is_our_llama():
     assert top.initializer_range == llama.config.initializer_range
     counted = grid.sizes(model, 64)
     assert counted["flops_per_token"] == flops_per_token(llama.config, 64)
+    assert model.flops_per_token(64) == flops_per_token(llama.config, 64)
 
 
 def test_without_positions_earlier_tokens_have_no_order():
     """One block: the last token reads the same set, in any order."""
     torch.manual_seed(0)
     config = replace(rung("no positions", BASE), num_hidden_layers=1)
-    model = build_ladder(config)
+    model = LadderForCausalLM(config)
     ids = torch.randint(300, (1, 20))
     mixed = ids.clone()
     mixed[0, :19] = ids[0, torch.randperm(19)]
     with torch.no_grad():
         torch.testing.assert_close(model(ids)[0, -1], model(mixed)[0, -1])
-        rotary = build_ladder(replace(config, positions="rotary"))
+        rotary = LadderForCausalLM(replace(config, positions="rotary"))
         moved = rotary(ids)[0, -1] - rotary(mixed)[0, -1]
     assert moved.abs().max() > 1e-2
 
@@ -173,18 +172,6 @@ def test_with_size_is_the_closest_width():
     for other in (width - 1, width + 1):
         near = replace(config, intermediate_size=other)
         assert abs(size_of(near) - goal) >= error
-
-
-def test_paired_difference_by_hand():
-    mean, half = paired_difference([1.0, 2.0, 4.0], [0.5, 1.8, 3.7])
-    # differences 0.5, 0.2, 0.3: mean 1/3, variance 0.07/3
-    assert mean == pytest.approx(1 / 3)
-    assert half == pytest.approx(4.3027 * (0.07 / 9) ** 0.5, rel=1e-3)
-
-
-@pytest.mark.parametrize("freedom, t", [(2, 4.303), (5, 2.571), (20, 2.086)])
-def test_students_factor(freedom, t):
-    assert t_quantile(freedom) == pytest.approx(t, rel=2e-3)
 
 
 def committed(name):
@@ -213,7 +200,7 @@ def test_committed_ladder_is_complete_and_fair():
             shape["max_position_embeddings"],
         )
         with torch.device("meta"):
-            model = build_ladder(rung(row, base))
+            model = LadderForCausalLM(rung(row, base))
         counted = grid.sizes(model, shape["sequence_length"])
         assert {key: run[key] for key in counted} == counted
 
@@ -354,7 +341,7 @@ def test_grids_refuse_bad_input_in_one_line(script, tmp_path):
 
 
 def test_a_table_of_positions_has_an_end():
-    model = build_ladder(LadderConfig(300, 48, 192, 1, 2, 8))
+    model = LadderForCausalLM(LadderConfig(300, 48, 192, 1, 2, 8))
     with pytest.raises(InputError, match="9 tokens, but the table has 8"):
         model(torch.zeros(1, 9, dtype=torch.long))
 

@@ -27,7 +27,7 @@ from llama_tut.tools.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import machine  # noqa: E402
+
 import scaling as grid  # noqa: E402
 
 V = 2048
@@ -239,13 +239,13 @@ class Info:
 
 
 def test_a_prediction_is_made_once_and_never_afterwards(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(grid.machine, "RESULTS", tmp_path / "results")
     records, runs = fake_records(), tmp_path / "runs"
     first = grid.write_prediction(records, Info, runs)
     low, high = first["val_loss_95"]
     assert low < first["val_loss"] < high
     assert first["largest"]["tokens"] <= Info.train_tokens
-    started = runs / "largest-D192-0" / "started"
+    started = runs / "largest-D192-0.started"
     started.parent.mkdir(parents=True)
     started.write_text("now")
     path = tmp_path / "results" / "scaling_prediction.json"

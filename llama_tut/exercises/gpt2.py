@@ -3,8 +3,74 @@
 import math
 
 import torch
+from torch.nn import functional as F
 
-from llama_tut.exercises import exercise, expect, wrong
+from llama_tut.exercises import exercise, expect, expect_close, wrong
+
+
+def numbers(*shapes):
+    """Random tensors of float64, the same at every call."""
+    source = torch.Generator().manual_seed(0)
+    draw = {"generator": source, "dtype": torch.float64}
+    return [torch.randn(shape, **draw) for shape in shapes]
+
+
+@exercise("gpt2.mlp")
+def check_mlp(answer):
+    """GPT-2's MLP, weights stored with a row for each input."""
+    x, up, a, down, b = numbers((4, 6), (6, 9), (9,), (9, 6), (6,))
+    found = torch.as_tensor(answer(x, up, a, down, b))
+    z = x @ up + a
+
+    def gelu(z):
+        return F.gelu(z, approximate="tanh")
+
+    for other, hint in (
+        (
+            F.gelu(z) @ down + b,
+            "that is the exact GELU, with the error function: GPT-2 has the "
+            "form with a tanh (they differ from the fourth digit on)",
+        ),
+        (F.relu(z) @ down + b, "that is ReLU"),
+        (F.silu(z) @ down + b, "that is SiLU"),
+        (z @ down + b, "the nonlinearity is missing"),
+        (gelu(x @ up) @ down + b, "the first bias is missing"),
+        (gelu(x @ up) + a, "the second matrix is missing"),
+        (gelu(z) @ down, "the second bias is missing"),
+        (
+            (gelu(x @ up) + a) @ down + b,
+            "the first bias belongs inside the nonlinearity",
+        ),
+    ):
+        expect(
+            found.shape != other.shape
+            or not torch.allclose(found, other, rtol=1e-6, atol=1e-6),
+            hint,
+        )
+    expect_close(
+        found, gelu(z) @ down + b, "compare with gelu(x up + a) down + b", 1e-6
+    )
+
+
+@wrong("gpt2.mlp", "with the error function")
+def exact_gelu(x, up, up_bias, down, down_bias):
+    return F.gelu(x @ up + up_bias) @ down + down_bias
+
+
+@wrong("gpt2.mlp", "first bias is missing")
+def no_first_bias(x, up, up_bias, down, down_bias):
+    return F.gelu(x @ up, approximate="tanh") @ down + down_bias
+
+
+@wrong("gpt2.mlp", "second bias is missing")
+def no_second_bias(x, up, up_bias, down, down_bias):
+    return F.gelu(x @ up + up_bias, approximate="tanh") @ down
+
+
+@wrong("gpt2.mlp", "inside the nonlinearity")
+def bias_after(x, up, up_bias, down, down_bias):
+    hidden = F.gelu(x @ up, approximate="tanh") + up_bias
+    return hidden @ down + down_bias
 
 
 @exercise("gpt2.width")
@@ -55,6 +121,20 @@ def check_seeds(answer):
     )
     expect(found == round(found), f"{found}: seeds are whole: round up")
     expect(found != 30, "30.7 seeds are 31, not 30: round up")
+    expect(
+        found != 8,
+        "8: that is one standard error; a 95 % interval is 1.96 of them",
+    )
+    expect(
+        found not in (5, 6),
+        f"{found}: the error falls with the root of the number of seeds, so "
+        "the ratio enters squared",
+    )
+    expect(
+        found != 22,
+        "22: 1.645 leaves 5 % on each side; a 95 % interval has 1.96",
+    )
+    expect(found != 123, "123: ±gap is half of the interval's width")
     expect(found == 31, f"{found} at r 0, sd 0.02, gap 0.01: 31 are needed")
     found = answer(0.02, 0.9, 0.01)
     expect(found != 31, "pairing helps: the variance shrinks by 1 - r")
@@ -69,6 +149,21 @@ def check_seeds(answer):
 @wrong("gpt2.seeds", "twice the variance")
 def of_one_run(sd, r, gap):
     return math.ceil(1.96**2 * sd**2 * (1 - r) / gap**2)
+
+
+@wrong("gpt2.seeds", "one standard error")
+def one_error(sd, r, gap):
+    return math.ceil(2 * sd**2 * (1 - r) / gap**2)
+
+
+@wrong("gpt2.seeds", "enters squared")
+def not_squared(sd, r, gap):
+    return math.ceil(1.96 * math.sqrt(2 * (1 - r)) * sd / gap)
+
+
+@wrong("gpt2.seeds", "half of the interval's width")
+def whole_width(sd, r, gap):
+    return math.ceil(2 * (1.96 * sd / (gap / 2)) ** 2 * (1 - r))
 
 
 @wrong("gpt2.seeds", "pairing helps")
@@ -104,6 +199,14 @@ def check_fold(answer):
         "the norm's bias is lost: it passes through W too",
     )
     expect(
+        near or not torch.allclose(bias, W @ b),
+        "the layer's own bias c is lost: it is added after W",
+    )
+    expect(
+        near or not torch.allclose(bias, b @ W.T - c),
+        "the layer's own bias c is added, not subtracted",
+    )
+    expect(
         near or not lost,
         "the bias is wrong: b goes through W as it was, without the gain",
     )
@@ -118,6 +221,11 @@ def bias_left(g, b, W, c):
 @wrong("gpt2.fold", "without the gain")
 def scaled_twice(g, b, W, c):
     return W * g, (W * g) @ b + c
+
+
+@wrong("gpt2.fold", "own bias c is lost")
+def without_c(g, b, W, c):
+    return W * g, W @ b
 
 
 @wrong("gpt2.fold", "scales the columns")
