@@ -158,7 +158,7 @@ def padded_positions(attention_mask, start=0):
     return counted[:, start:], mask  # [B, T], [B, 1, T, S]
 
 
-# One step
+# The loop with a cache
 
 
 def next_logits(model, input_ids, cache, attention_mask=None):
@@ -233,7 +233,7 @@ def generate(model, input_ids, max_new_tokens=100, **options):
     return torch.cat([input_ids, *(t[:, None] for t in tokens)], dim=1)
 
 
-# A draft for nothing: the text itself
+# Guess ahead, and let the model check
 
 
 def prompt_lookup(text, ahead, size=3):

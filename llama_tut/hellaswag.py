@@ -18,7 +18,7 @@ from llama_tut.tools.hub import read_hub
 from llama_tut.tools.prompts import beginning
 from llama_tut.tools.requests import check_finite, check_items
 
-# An example
+# The text of an example
 
 
 class Example(NamedTuple):
@@ -71,8 +71,6 @@ def make_example(index, record):
     endings = tuple(map(clean, record["endings"]))
     return Example(index, context, endings, int(record["label"]))
 
-
-# Reading a file
 
 HUB_NAME = "Rowan/hellaswag"
 
@@ -131,7 +129,7 @@ def encode(tokenizer, example):
     return context, [[*start, *row][len(context) :] for row in whole]
 
 
-# The plain way
+# One row for each ending
 
 
 @torch.no_grad()
@@ -246,7 +244,7 @@ def score(
     )
 
 
-# The score, and how sure it is
+# How sure is an accuracy?
 
 
 def accuracy(predictions, kind="sum"):

@@ -16,6 +16,117 @@ SMOLLM2 = LlamaConfig(
 )
 
 
+class Tape:
+    """A cache for `Counted`: the ids it was given, in order."""
+
+    def __init__(self):
+        self.ids = []
+
+
+class Counted:
+    """A model whose next token depends on all tokens that it was given."""
+
+    V = 13
+
+    def follows(self, ids):
+        """The id that it finds likeliest after a list of ids."""
+        return sum((i + 1) * t for i, t in enumerate(ids)) % self.V
+
+    def __call__(self, ids, cache=None):
+        cache = Tape() if cache is None else cache
+        rows = []
+        for token in ids[0].tolist():
+            cache.ids.append(token)
+            rows.append(self.follows(cache.ids))
+        return torch.eye(self.V)[rows][None]  # [1, T, V]
+
+
+@exercise("generate.loop")
+def check_loop(answer):
+    """The greedy loop: every token through the model once."""
+    for prompt, new in (([3, 1, 4, 1], 6), ([5], 1)):
+        model, tape, text = Counted(), Tape(), list(prompt)
+        for _ in range(new):
+            text.append(model.follows(text))
+        wanted = text[len(prompt) :]
+        found = answer(model, tape, torch.tensor([prompt]), new)
+        found = torch.as_tensor(found).flatten().tolist()
+        expect(
+            found != text,
+            "the prompt is in your result: only the new ids are asked for",
+        )
+        expect(
+            tape.ids,
+            "your cache stays empty: hand it to the model at every call",
+        )
+        expect(len(found) == new, f"{len(found)} new ids, {new} are asked for")
+        expect(
+            tape.ids[: 2 * len(prompt)] != prompt * 2 or new == 1,
+            "the prompt went through the model twice: after the first call "
+            "give it the new token alone, the cache holds the rest",
+        )
+        if found != wanted:
+            first = model(torch.tensor([prompt]))[0, 0].argmax().item()
+            expect(
+                len(prompt) == 1 or found[0] != first,
+                "you read the logits after the first token: the next one "
+                "follows the last, logits[0, -1]",
+            )
+            expect(
+                tape.ids[: len(prompt)] == prompt,
+                "the whole prompt must go through the model first",
+            )
+            expect(False, f"{found} after {prompt}: it is {wanted}")
+        expect(
+            len(tape.ids) <= len(prompt) + new,
+            "some token went through the model more than once",
+        )
+
+
+@wrong("generate.loop", "went through the model twice")
+def whole_text_again(model, cache, ids, new):
+    for _ in range(new):
+        logits = model(ids, cache=cache)[0, -1]
+        ids = torch.cat([ids, logits.argmax().view(1, 1)], 1)
+    return ids[0, -new:].tolist()
+
+
+@wrong("generate.loop", "your cache stays empty")
+def without_cache(model, cache, ids, new):
+    for _ in range(new):
+        logits = model(ids)[0, -1]
+        ids = torch.cat([ids, logits.argmax().view(1, 1)], 1)
+    return ids[0, -new:].tolist()
+
+
+def looping(model, cache, ids, new, row=-1):
+    out = []
+    while len(out) < new:
+        out.append(model(ids, cache=cache)[0, row].argmax().item())
+        ids = torch.tensor([out[-1:]])
+    return out
+
+
+@wrong("generate.loop", "the logits after the first token")
+def first_row(model, cache, ids, new):
+    return looping(model, cache, ids, new, row=0)
+
+
+@wrong("generate.loop", "new ids, 6 are asked for")
+def one_too_many(model, cache, ids, new):
+    return looping(model, cache, ids, new + 1)
+
+
+@wrong("generate.loop", "the prompt is in your result")
+def with_the_prompt(model, cache, ids, new):
+    return ids[0].tolist() + looping(model, cache, ids, new)
+
+
+@wrong("generate.loop", "the whole prompt must go")
+def last_of_the_prompt(model, cache, ids, new):
+    return looping(model, cache, ids[:, -1:], new)
+
+
 @exercise("generate.even")
 def check_even(answer):
     """Tokens at which the cache weighs as much as the weights."""
@@ -30,6 +141,11 @@ def check_even(answer):
         "are fewer of their heads",
     )
     expect(found != 350_299, "you count one layer, each has its own cache")
+    expect(
+        found not in (5_838, 23_352),
+        "the bytes of a number cancel: both have the same dtype",
+    )
+    expect(found != 11_677, "round down")
     expect(found == 11_676, f"{found} for SmolLM2: it is 11,676")
 
 
@@ -48,6 +164,18 @@ def query_heads(config, N):
 @wrong("generate.even", "one layer")
 def one_layer(config, N):
     return N // (2 * config.num_key_value_heads * config.head_dim)
+
+
+@wrong("generate.even", "the bytes of a number cancel")
+def bytes_counted_once(config, N):
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    return N // (2 * 2 * heads * config.head_dim)
+
+
+@wrong("generate.even", "round down")
+def rounded_up(config, N):
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    return -(-N // (2 * heads * config.head_dim))
 
 
 @exercise("generate.mask")
@@ -122,6 +250,12 @@ def check_top_p(answer):
         torch.tensor([0, 2, 0, 1]) / 3,
         "of .15 .5 .1 .25 with p = 0.7 there stay 2/3 and 1/3",
     )
+    equal = torch.tensor([0.25, 0.5, 0.125, 0.125])
+    expect_close(
+        answer(equal.clone(), 0.75),
+        torch.tensor([1, 2, 0, 0]) / 3,
+        "two tokens reach 0.75 exactly: a third is not needed (< and not <=)",
+    )
     expect_close(
         answer(p.clone(), 0.4),
         torch.tensor([0.0, 1, 0, 0]),
@@ -133,6 +267,14 @@ def check_top_p(answer):
 def up_to_here(p, top_p):
     ranked, order = p.sort(descending=True)
     ranked = ranked * (ranked.cumsum(0) < top_p)
+    kept = torch.zeros_like(p).scatter(0, order, ranked)
+    return kept / kept.sum()
+
+
+@wrong("generate.top_p", "a third is not needed")
+def one_too_many_at_the_line(p, top_p):
+    ranked, order = p.sort(descending=True)
+    ranked = ranked * (ranked.cumsum(0) - ranked <= top_p)
     kept = torch.zeros_like(p).scatter(0, order, ranked)
     return kept / kept.sum()
 

@@ -44,29 +44,80 @@ MISTAKES = {
 }
 
 
-@exercise("hellaswag.ending")
-def check_ending(answer):
-    """The sum of the log-probabilities of an ending, from a row's logits."""
-    torch.manual_seed(0)
-    for start in (3, 5):
-        logits, ids = 3 * torch.randn(9, 11), torch.randint(11, (9,))
-        found = torch.as_tensor(answer(logits, ids, start)).float()
-        expect(found.dim() == 0, "the result must be one number")
-        for mistake, hint in MISTAKES.items():
-            planted = mistake(logits, ids, start)
-            expect(not torch.allclose(found, planted, atol=1e-4), hint)
-        right = logs_of(logits, ids, start, start - 1)
-        expect_close(
-            found,
-            right,
-            f"{found:.3f} for an ending of {9 - start} tokens, it is "
-            f"{right:.3f}",
-            1e-4,
-        )
+def stub(ids):
+    """Logits that depend on every token so far: ids [1, T] -> [1, T, 11]."""
+    table = torch.linspace(-3, 3, 121).view(11, 11).sin() * 3
+    places = torch.arange(1, ids.shape[1] + 1)[None, :, None]
+    return table[ids].cumsum(1) / places**0.5
 
 
-for mistake, hint in MISTAKES.items():
-    wrong("hellaswag.ending", hint)(mistake)
+def by_rows(sum_of, context_too=True):
+    """An answer that sums the rows of each ending with `sum_of`."""
+
+    def answer(model, context, endings):
+        kept = context if context_too else context[-1:]
+        sums = []
+        for ending in endings:
+            ids = torch.tensor(kept + ending)
+            logits = torch.as_tensor(model(ids[None]))[0]
+            sums.append(float(sum_of(logits, ids, len(kept))))
+        return sums
+
+    return answer
+
+
+def right_sum(logits, ids, start):
+    return logs_of(logits, ids, start, start - 1)
+
+
+def last_token_missing(logits, ids, start):
+    return logs_of(logits, ids[:-1], start, start - 1)
+
+
+MISTAKES[last_token_missing] = "the last token of the ending is missing"
+WRONG = [(by_rows(mistake), hint) for mistake, hint in MISTAKES.items()]
+WRONG += [
+    (
+        by_rows(right_sum, context_too=False),
+        "the context is missing: each row is context + ending",
+    ),
+    (
+        lambda *args: [-s for s in by_rows(right_sum)(*args)],
+        "that is a loss: a log-probability is below 0",
+    ),
+]
+
+
+@exercise("hellaswag.example")
+def check_example(answer):
+    """The four sums of log-probabilities of one example."""
+    context, endings = [3, 1, 4], [[1, 5, 9], [2, 6], [5, 3, 5, 8], [9, 7, 0]]
+    wanted = by_rows(right_sum)(stub, context, endings)
+    found = answer(stub, list(context), [list(e) for e in endings])
+    found = torch.as_tensor(found).float()
+    expect(
+        found.shape == (4,),
+        f"the result has shape {list(found.shape)}: four numbers are asked "
+        "for, one for each ending",
+    )
+    for mistake, hint in WRONG:
+        planted = torch.tensor(mistake(stub, context, endings))
+        expect(not torch.allclose(found, planted, atol=1e-4), hint)
+    expect_close(
+        found,
+        torch.tensor(wanted),
+        f"the first ending has {found[0]:.3f}, it is {wanted[0]:.3f}",
+        1e-4,
+    )
+
+
+for mistake, hint in WRONG:
+    wrong("hellaswag.example", hint)(mistake)
+
+
+@wrong("hellaswag.example", "four numbers are asked for")
+def best_only(model, context, endings):
+    return max(by_rows(right_sum)(model, context, endings))
 
 
 def pairs(lost, won, z=1.96, factor=1, centred=True, power=2):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from llama_tut.generate import prompt_lookup
 
-# Faster: the order of a matrix in memory
+# The order of a matrix in memory
 
 
 class PackedLinear(nn.Module):
@@ -74,7 +74,7 @@ def pack_weights(model):
     return model
 
 
-# Faster: fewer operators
+# Fewer operators
 
 
 class FastLayer(nn.Module):
@@ -177,26 +177,18 @@ class FastReader:
     Args:
         model: the `FastModel` that decides.
         capacity: the most tokens that the memory may hold.
-        draft: a cheaper `FastModel` of the same shape. None: only the text
-            guesses.
+        draft: a cheaper one of the same shape. None: only the text guesses.
     """
 
     def __init__(self, model, capacity, draft=None):
         self.model, self.draft, self.length = model, draft, 0
-        c, table = model.config, model.embeddings
-        shape = 1, c.num_key_value_heads, capacity, c.head_dim
-        self.memory = [
-            (table.new_zeros(shape), table.new_zeros(shape))
-            for _ in model.layers
-        ]
+        K, C = model.config.num_key_value_heads, model.config.head_dim
+        new, shape = model.embeddings.new_zeros, (1, K, capacity, C)
+        self.memory = [(new(shape), new(shape)) for _ in model.layers]
 
     @torch.no_grad()
     def read(self, tokens, last, by=None):
-        """Read a list of ids -> logits after the `last` of them, [last, V].
-
-        Args:
-            by: another `FastModel` of the same shape that reads instead.
-        """
+        """As `Reader.read`; `by`: another model that reads instead."""
         model = by or self.model
         start, self.length = self.length, self.length + len(tokens)
         device = model.embeddings.device
@@ -212,15 +204,7 @@ class FastReader:
         self.length = min(self.length, length)
 
     def propose(self, text, ahead):
-        """Guess what follows `text`, of which all but the last id is read.
-
-        The draft takes up to ahead/2 tokens, one by one. As soon as the text
-        with these guesses repeats itself, the text guesses the rest.
-
-        Returns:
-            `ahead` ids if the text gave the last of them, ahead/2 if the
-            draft did. Without a draft it may be none.
-        """
+        """Guess: ahead/2 ids by the draft, or up to ahead from the text."""
         start, guesses = self.length, []
         while len(guesses) < ahead // 2:
             known = text + guesses

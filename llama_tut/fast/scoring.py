@@ -14,18 +14,7 @@ from torch.nn import functional as F
 from llama_tut.hellaswag import score_rows
 from llama_tut.model import LlamaForCausalLM
 
-# The context once
-
-
-class Packed(NamedTuple):
-    """A batch of examples, one row each: the context, then the endings."""
-
-    ids: torch.Tensor  # [B, T]
-    positions: torch.Tensor  # [B, T], starting again after the context
-    parts: torch.Tensor  # [B, T], 0: context, 1 to 4: which ending
-    rows: torch.Tensor  # [N], place in B*T that predicts an ending's token
-    targets: torch.Tensor  # [N], that token
-    owners: torch.Tensor  # [N], 4 * example + ending
+# Two rules make one row equal to four
 
 
 def pack_row(context, endings):
@@ -48,6 +37,17 @@ def pack_row(context, endings):
     return ids, positions, parts, places
 
 
+class Packed(NamedTuple):
+    """A batch of examples, one row each: the context, then the endings."""
+
+    ids: torch.Tensor  # [B, T]
+    positions: torch.Tensor  # [B, T], starting again after the context
+    parts: torch.Tensor  # [B, T], 0: context, 1 to 4: which ending
+    rows: torch.Tensor  # [N], place in B*T that predicts an ending's token
+    targets: torch.Tensor  # [N], that token
+    owners: torch.Tensor  # [N], 4 * example + ending
+
+
 def pack(items):
     """Put each example (see `hellaswag.encode`) into a row. Returns Packed."""
     packed = [pack_row(context, endings) for context, endings in items]
@@ -66,6 +66,9 @@ def pack(items):
     return Packed(*map(torch.tensor, [*columns, rows, targets, owners]))
 
 
+# The mask
+
+
 def packed_mask(parts):
     """Who reads whom: parts [B, T] -> bool [B, 1, T, T]."""
     T = parts.shape[1]
@@ -73,6 +76,9 @@ def packed_mask(parts):
     same = parts[:, :, None] == parts[:, None, :]  # [B, T, T]
     context = (parts == 0)[:, None, :]  # [B, 1, T]
     return (causal & (same | context))[:, None]  # [B, 1, T, T]
+
+
+# Which models can read such a row?
 
 
 def can_pack_rows(model):
@@ -102,6 +108,9 @@ def read_packed(model, batch):
         use_cache=False,
     )
     return out.last_hidden_state, model.get_output_embeddings()
+
+
+# Score a batch
 
 
 @torch.no_grad()
