@@ -1,0 +1,100 @@
+"""benchmarks/gpu.py: every part on a CPU, failures that stay alone, an end in time."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llama_tut.tools.machine import gpu_results
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+PARTS = (
+    "ceilings tests training shapes head_loss ranks generation run"
+).split()
+
+
+def call(out, *args, **environment):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--tiny", "--out", str(out), *args],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("gpu")
+    done = call(out, "--seconds", "600")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def read(folder, part):
+    return json.loads((folder / f"gpu_{part}.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_writes_what_it_found(folder, part):
+    found = read(folder, part)
+    log = (folder / f"{part}.log").read_text()
+    assert found["status"] == "done", log[-2000:]
+    assert found["results"]
+    assert {"torch", "processor", "command", "arguments"} <= set(
+        found["machine"]
+    )
+    for name, value in found["results"].items():
+        assert "error" not in str(value), (name, value)
+
+
+@pytest.mark.slow
+def test_the_results_make_sense(folder):
+    steps = read(folder, "training")["results"]
+    assert len(steps) == 6
+    first = {value["first_loss"] for value in steps.values()}
+    assert max(first) - min(first) < 0.01  # one model, six ways
+    losses = read(folder, "head_loss")["results"]
+    assert all(abs(value["loss"] - 6.24) < 0.3 for value in losses.values())
+    assert read(folder, "ranks")["results"]["resume"]["equal"]
+    trained = read(folder, "run")["results"]
+    assert trained["last line"]["step"] == trained["losses"][-1][0]
+    assert "sample 1" in trained["samples"]
+    assert (folder / "gpu_run.png").exists()
+    assert read(folder, "tests")["results"]["exit code"] == 0
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_leaves_the_others_alone(tmp_path):
+    done = call(
+        tmp_path, "--only", "generation", "head_loss", "--model", "nowhere"
+    )
+    assert done.returncode == 0
+    assert read(tmp_path, "generation")["status"] == "failed"
+    assert "nowhere" in read(tmp_path, "generation")["error"]
+    assert read(tmp_path, "head_loss")["status"] == "done"
+
+
+@pytest.mark.slow
+def test_it_ends_within_its_time_whatever_a_part_does(tmp_path):
+    began = time.monotonic()
+    done = call(tmp_path, "--only", "ranks", "run", "--seconds", "6")
+    assert time.monotonic() - began < 60
+    assert done.returncode == 0
+    assert read(tmp_path, "ranks")["status"] == "out of time"
+    assert "run: no time is left" in done.stdout
+
+
+def test_only_results_of_a_gpu_are_shown(tmp_path):
+    assert gpu_results(tmp_path) == {}
+    for part, tiny in (("ceilings", False), ("run", True)):
+        content = {"part": part, "tiny": tiny, "results": {"a": 1}}
+        (tmp_path / f"gpu_{part}.json").write_text(json.dumps(content))
+    assert list(gpu_results(tmp_path)) == ["ceilings"]
+    assert gpu_results(tmp_path)["ceilings"]["results"] == {"a": 1}
