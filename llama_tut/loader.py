@@ -5,19 +5,18 @@ Letters: B batch, T time, W ranks, M rows of an epoch.
 """
 
 import hashlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from llama_tut.tools.files import InputError, digest
-from llama_tut.tools.prepare import load_dataset_info
-from llama_tut.tools.shards import open_shard
+from llama_tut.tools.dataset import check_rows, open_shards
 
 # An order that can be indexed
 
-ROUNDS = 8
+ROUNDS = 8  # fewer are no fair shuffle of a few rows
 
 
 def scramble(x):
@@ -55,62 +54,17 @@ def shuffled(places, size, seed, epoch):
     return rows.astype(np.int64)
 
 
-# The shards
+# From a position to tokens
 
 
-def open_shards(folder, split, rank=0, world_size=1):
-    """Memory maps of a split's shards, checked against dataset.json.
-
-    Raises:
-        InputError: a shard or the tokenizer is missing, damaged, or does not
-            belong to the others.
-    """
-    info = load_dataset_info(folder)
-    tokenizer = Path(folder) / "tokenizer" / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise InputError(f"{tokenizer} is missing; prepare the data again")
-    shards = []
-    for number in range(getattr(info, f"{split}_shards")):
-        path = Path(folder) / f"{split}_{number:05d}.bin"
-        header, tokens = open_shard(path, number % world_size == rank)
-        for name in (info.tokenizer_hash, digest(tokenizer.read_bytes())):
-            if header.tokenizer != name:
-                raise InputError(f"{path}: written with another tokenizer")
-        if header.vocab_size != info.vocab_size:
-            raise InputError(
-                f"{path}: a vocabulary of {header.vocab_size:,}, but "
-                f"{info.vocab_size:,} in dataset.json"
-            )
-        shards.append(tokens)
-    found, expected = sum(map(len, shards)), getattr(info, f"{split}_tokens")
-    if found != expected:
-        raise InputError(
-            f"{folder}: {found:,} {split} tokens instead of {expected:,}; "
-            "prepare it again"
-        )
-    return shards
-
-
-def check_rows(folder, split, rows, batch):
-    """Refuse a split that does not fill one batch of all ranks."""
-    if rows < batch:
-        raise InputError(
-            f"{folder}: its {split} text has {rows} rows, and one batch of all "
-            f"ranks takes {batch}: take more text, or smaller or shorter rows"
-        )
-
-
-# From a place to tokens
-
-
-def rows_at(start, count, size, seed=None):
-    """Rows at the global places start .. start + count - 1.
+def rows_at(position, count, size, seed=None):
+    """The rows at the global places position .. position + count - 1.
 
     Args:
         size: M, rows of an epoch.
         seed: of the order; None keeps the order of the text.
     """
-    epochs, places = np.divmod(np.arange(start, start + count), size)
+    epochs, places = np.divmod(np.arange(position, position + count), size)
     if seed is not None:
         for epoch in np.unique(epochs):
             now = epochs == epoch
@@ -122,12 +76,12 @@ def read_row(shards, ends, row, sequence_length):
     """The T + 1 tokens of a row; `ends` counts rows up to each shard's end."""
     shard = int(np.searchsorted(ends, row, side="right"))
     first = ends[shard - 1] if shard else 0
-    at = int(row - first) * sequence_length
-    return shards[shard][at : at + sequence_length + 1]
+    start = int(row - first) * sequence_length
+    return shards[shard][start : start + sequence_length + 1]
 
 
 def read_rows(shards, ends, rows, sequence_length):
-    """The tokens of many rows, int64 [B, T + 1]."""
+    """The tokens of many rows, int64 [B, T + 1], as the embedding wants."""
     rows = [read_row(shards, ends, row, sequence_length) for row in rows]
     return torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T+1]
 
@@ -154,23 +108,29 @@ class ShardLoader:
     position: int = 0  #: rows taken by all ranks; set it to go elsewhere
 
     def __post_init__(self):
-        who = self.rank, self.world_size
-        self.shards = open_shards(self.folder, self.split, *who)
+        where = self.folder, self.split
+        self.shards = open_shards(*where, self.rank, self.world_size)
         rows = [(len(s) - 1) // self.sequence_length for s in self.shards]
-        self.ends = np.cumsum(rows)
-        batch = self.world_size * self.batch_size
-        check_rows(self.folder, self.split, len(self), batch)
+        self.ends = np.cumsum(rows, dtype=int)
+        check_rows(*where, len(self), self.world_size * self.batch_size)
+        self.lock = threading.Lock()
 
     def __len__(self):
         """M: rows of an epoch, of all ranks together."""
-        return int(self.ends[-1])
+        return int(self.ends[-1]) if len(self.ends) else 0
 
-    def next_batch(self):
-        """This rank's next B rows -> inputs, targets, int64 [B, T] each."""
-        start = self.position + self.rank * self.batch_size
-        self.position += self.world_size * self.batch_size
+    def batch_at(self, position):
+        """This rank's rows there -> inputs, targets, int64 [B, T] each."""
+        start = position + self.rank * self.batch_size
         seed = self.seed if self.shuffle else None
         rows = rows_at(start, self.batch_size, len(self), seed)
-        size = self.sequence_length
-        batch = read_rows(self.shards, self.ends, rows, size)  # [B, T+1]
+        T = self.sequence_length
+        batch = read_rows(self.shards, self.ends, rows, T)  # [B, T+1]
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def next_batch(self):
+        """As `batch_at` the position, which then moves on."""
+        with self.lock:
+            position = self.position
+            self.position += self.world_size * self.batch_size
+        return self.batch_at(position)

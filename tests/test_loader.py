@@ -4,6 +4,8 @@ import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +14,8 @@ import pytest
 import torch
 
 from llama_tut.loader import ShardLoader, shuffled
+from llama_tut.tools.dataset import DatasetInfo
 from llama_tut.tools.files import InputError, digest, write_json
-from llama_tut.tools.prepare import DatasetInfo
 from llama_tut.tools.shards import write_shard
 
 
@@ -96,6 +98,37 @@ def test_seek_equals_stepping_across_epochs(folder):
             assert torch.equal(a, b)
 
 
+def test_a_batch_depends_on_its_position_alone(folder):
+    loader = ShardLoader(folder, "train", 4, 8, 1, 2)
+    stepped = [loader.next_batch() for _ in range(20)]
+    assert loader.position == 20 * 8
+    with ThreadPoolExecutor(4) as pool:
+        jumped = list(pool.map(loader.batch_at, range(0, 160, 8)))
+    for a, b in zip(stepped, jumped, strict=True):
+        assert torch.equal(torch.stack(a), torch.stack(b))
+    assert loader.position == 20 * 8, "asking does not move"
+
+
+def test_threads_never_take_the_same_rows(folder):
+    loader = ShardLoader(folder, "train", 1, 8)
+    with ThreadPoolExecutor(8) as pool:
+        taken = [pool.submit(loader.next_batch) for _ in range(64)]
+    targets = torch.cat([future.result()[1] for future in taken])
+    assert len(set(targets.flatten().tolist())) == 64 * 8
+    assert loader.position == 64
+
+
+def test_memory_is_constant(folder):
+    loader, peaks = ShardLoader(folder, "train", 2, 8), []
+    for count in (50, 500):
+        tracemalloc.start()
+        for _ in range(count):
+            loader.next_batch()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert abs(peaks[1] - peaks[0]) < 20_000
+
+
 def test_epochs_and_seeds_differ(folder):
     orders = [batches(folder, 1, 1, 64, start)[1] for start in (0, 64, 128)]
     orders.append(batches(folder, 1, 1, 64, seed=1)[1])
@@ -161,20 +194,39 @@ def edit(path, **fields):
     "change, says",
     [
         (lambda p: (p / "dataset.json").unlink(), "no dataset.json"),
-        (lambda p: (p / "dataset.json").write_text("{"), "not readable"),
+        (lambda p: (p / "dataset.json").write_text("{"), "no readable"),
         (lambda p: (p / "train_00001.bin").unlink(), "train_00001.bin: No"),
         (lambda p: (p / "train_00001.bin").write_bytes(b""), "01.bin.*empty"),
         (lambda p: flip(p / "train_00001.bin"), "00001.bin.*corrupted"),
         (lambda p: edit(p / "dataset.json", vocab_size=7), "vocabulary"),
         (lambda p: edit(p / "dataset.json", train_tokens=7), "instead of 7"),
         (lambda p: edit(p / "tokenizer/tokenizer.json", a=1), "tokenizer"),
-        (lambda p: (p / "tokenizer/tokenizer.json").unlink(), "is missing"),
+        (
+            lambda p: (p / "tokenizer/tokenizer.json").unlink(),
+            "cannot be read.*No such",
+        ),
     ],
 )
 def test_damage_is_found_at_the_start(tmp_path, change, says):
     place = damaged(tmp_path, change)
     with pytest.raises(InputError, match=says):
         ShardLoader(place, "train", 2, 8)
+
+
+def test_a_tokenizer_that_may_not_be_read_is_one_line(tmp_path):
+    """A folder in the file's place cannot be read either, even by root."""
+    place = damaged(tmp_path, lambda p: (p / TOKENIZER).unlink())
+    (place / TOKENIZER).mkdir()
+    with pytest.raises(InputError, match="tokenizer.json cannot be read"):
+        ShardLoader(place, "train", 2, 8)
+
+
+TOKENIZER = "tokenizer/tokenizer.json"
+
+
+def test_a_split_without_shards(folder):
+    with pytest.raises(InputError, match="its val text has 0 rows"):
+        ShardLoader(folder, "val", 1, 8)
 
 
 def test_ranks_share_the_checksums(tmp_path):

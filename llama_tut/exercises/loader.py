@@ -14,6 +14,97 @@ def walk(n, b, rank, world_size):
     return taken
 
 
+def right_rows(lengths, T, position, rank, W, B, **mistake):
+    """A solution, with switches for natural mistakes."""
+    spare = mistake.get("spare", 1)  # tokens of a shard that start no row
+    stride = mistake.get("stride", T)
+    epoch = [
+        (shard, row * stride)
+        for shard, length in enumerate(lengths)
+        for row in range((length - spare) // T)
+    ]
+    if mistake.get("interleaved"):
+        places = [position + rank + W * i for i in range(B)]
+    else:
+        start = position + mistake.get("reads_as", rank) * B
+        places = range(start, start + B)
+    return [epoch[place % len(epoch)] for place in places]
+
+
+@exercise("loader.rows")
+def check_rows(answer):
+    """Shard and first token of each row of one rank."""
+    lengths = (17, 16, 30)  # 4, 3 and 7 rows of 4 inputs
+    first = list(map(tuple, answer(lengths, 4, 0, 0, 1, 4)))
+    expect(
+        first != [(0, 0), (0, 5), (0, 10), (0, 15)],
+        "your rows begin T + 1 tokens apart; they share one token, so that no "
+        "target is lost: the next one begins T tokens further",
+    )
+    expect(len(first) == 4, f"B is 4 and you return {len(first)} rows, not 4")
+    expect(
+        first == [(0, 0), (0, 4), (0, 8), (0, 12)],
+        f"17 tokens hold the rows at 0, 4, 8 and 12; you say {first}",
+    )
+    found = list(map(tuple, answer(lengths, 4, 4, 0, 1, 4)))
+    expect(
+        found != [(1, 0), (1, 4), (1, 8), (1, 12)],
+        "16 tokens have three rows of 4, not four: the last target needs one "
+        "token more",
+    )
+    expect(
+        found == [(1, 0), (1, 4), (1, 8), (2, 0)],
+        f"after the rows of a shard come those of the next; you say {found}",
+    )
+    found = list(map(tuple, answer(lengths, 4, 0, 1, 2, 2)))
+    expect(
+        found != [(0, 0), (0, 4)],
+        "all your ranks read the same rows: rank r begins at position + r B",
+    )
+    expect(
+        found != [(0, 4), (0, 12)],
+        "your ranks take every W-th row; a rank takes B rows that stand "
+        "together",
+    )
+    expect(
+        found == [(0, 8), (0, 12)],
+        f"rank 1 of 2 with B = 2 begins at row 2; you say {found}",
+    )
+    found = list(map(tuple, answer(lengths, 4, 12, 0, 1, 4)))
+    expect(
+        found == [(2, 20), (2, 24), (0, 0), (0, 4)],
+        "after the last row of an epoch comes its first: take the place "
+        "modulo the number of rows",
+    )
+
+
+@wrong("loader.rows", "share one token")
+def rows_without_overlap(lengths, T, position, rank, W, B):
+    return right_rows(lengths, T, position, rank, W, B, stride=T + 1)
+
+
+@wrong("loader.rows", "needs one token more")
+def rows_without_a_last_target(lengths, T, position, rank, W, B):
+    return right_rows(lengths, T, position, rank, W, B, spare=0)
+
+
+@wrong("loader.rows", "ranks read the same rows")
+def rows_of_rank_zero(lengths, T, position, rank, W, B):
+    return right_rows(lengths, T, position, rank, W, B, reads_as=0)
+
+
+@wrong("loader.rows", "stand together")
+def every_wth_row(lengths, T, position, rank, W, B):
+    return right_rows(lengths, T, position, rank, W, B, interleaved=True)
+
+
+@wrong("loader.rows", "modulo the number of rows")
+def stays_at_the_last(lengths, T, position, rank, W, B):
+    total = sum((length - 1) // T for length in lengths)
+    position = min(position, total - B)
+    return right_rows(lengths, T, position, rank, W, B)
+
+
 @exercise("loader.own_end")
 def check_own_end(answer):
     """Batches that a rank takes if only its own must fit."""

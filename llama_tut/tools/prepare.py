@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +24,10 @@ from llama_tut.tools.corpora import (
     docs_versions,
     open_corpus,
 )
+from llama_tut.tools.dataset import DatasetInfo, load_dataset_info
 from llama_tut.tools.files import (
     InputError,
     digest,
-    first_line,
-    read_json,
     require,
     write_atomic,
     write_json,
@@ -46,64 +45,6 @@ from llama_tut.tools.tokenizers import (
     tokenizer_from_ranks,
     train_bpe,
 )
-
-# The data folder
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """`dataset.json`: sizes, baselines in nats a token, and origin."""
-
-    corpus: str
-    tokenizer: str
-    tokenizer_hash: str  # `digest` of tokenizer.json
-    vocab_size: int
-    end_of_text: int  # the id in front of each document
-    train_shards: int
-    train_documents: int
-    train_tokens: int
-    train_bytes: int
-    val_shards: int
-    val_documents: int
-    val_tokens: int
-    val_bytes: int
-    unigram_nats: float  # of the validation text, counts from training
-    bigram_nats: float
-    bytes_per_token: float  # of the validation text
-    hash: str  # of all shards
-    settings: str  # hash of what `prepare` was asked for
-    versions: dict = field(default_factory=dict)
-
-    def bits_per_byte(self, nats):
-        """Nats a token of the validation text -> bits a byte of it."""
-        return nats / math.log(2) / self.bytes_per_token
-
-
-def load_dataset_info(folder):
-    """The `DatasetInfo` of a data folder.
-
-    Raises:
-        InputError: not a data folder, or a damaged one.
-    """
-    path = Path(folder) / "dataset.json"
-    require(
-        os.path.lexists(path),
-        f"{folder}: no dataset.json in it; make a data folder with "
-        "scripts/prepare.py",
-    )
-    found = read_json(path)
-    try:
-        info = DatasetInfo(**found)
-    except TypeError as error:
-        raise InputError(f"{path}: {first_line(error)}") from error
-    for one in fields(info):
-        kind = (int, float) if one.type is float else one.type
-        require(
-            isinstance(getattr(info, one.name), kind),
-            f"{path}: {one.name} must be of type {one.type.__name__}",
-        )
-    return info
-
 
 # What may be chosen
 

@@ -504,7 +504,10 @@ def test_another_tokenizer_in_the_same_folder_is_another_data_set(tmp_path):
         (lambda d: d[:100], "no readable JSON"),
         (lambda d: "[1]", "no JSON object"),
         (lambda d: "{}", "missing"),
-        (lambda d: d.replace('"vocab_size": 300', '"vocab_size": "x"'), "int"),
+        (
+            lambda d: d.replace('"vocab_size": 300', '"vocab_size": "x"'),
+            "number",
+        ),
         (lambda d: "{" + '"a": 1, ' + d[1:], "unexpected"),
     ],
 )
