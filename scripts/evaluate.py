@@ -49,7 +49,7 @@ def build_parser():
         "--four-rows",
         action="store_true",
         help="a row for each ending, as the harness does it, and matrices as "
-        "they lie: the same predictions, slower",
+        "they lie: slower; in float32 the same predictions",
     )
     add(
         "--transformers",

@@ -49,7 +49,8 @@ def build_parser():
     add(
         "--plain",
         action="store_true",
-        help="one token a pass, matrices as they lie: the same text, slower",
+        help="one token a pass, matrices as they lie: slower; in float32 the "
+        "same text",
     )
     add("--stats", action="store_true", help="tokens a second, on stderr")
     return parser
@@ -92,9 +93,10 @@ def tokens_of(model, ids, new, stops, args):
         make = partial(FastReader, draft=four_bit_draft(model))
         fast = FastModel(model)
         return stream_guessing(fast, ids, new, stops, make_reader=make)
-    # Guessing from the text was measured to pay on a CPU.
+    # Guessing from the text was measured to pay on a CPU, in float32.
     greedy = args.temperature == 0 and args.device == "cpu"
-    if greedy and not (args.plain or args.chunk_size):
+    exact = model.output_weight.dtype == torch.float32
+    if greedy and exact and not (args.plain or args.chunk_size):
         return stream_guessing(model, ids, new, stops)
     return stream(
         model,
@@ -111,7 +113,8 @@ def tokens_of(model, ids, new, stops, args):
 
 def main():
     # A terminal that lacks a character shows "?" in its place.
-    sys.stdout.reconfigure(errors="replace")
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")
     args = build_parser().parse_args()
     check(args)
     args.model = find_pretrained(args.model)

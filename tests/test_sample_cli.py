@@ -179,8 +179,11 @@ def test_a_token_outside_the_vocabulary_is_one_line(folder, sample, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(other)
-    found = sample("--model", other, "--prompt", "a<pad>b")
-    refused(found, "257", "the tokenizer")
+    assert sample("--model", other, "--prompt", "a b")[0] == 0
+    code, out, err = sample("--model", other, "--prompt", "a<pad>b")
+    assert (code, out) == (2, "")
+    assert err.startswith("warning: the tokenizer") and err.count("\n") == 2
+    assert "error: the prompt has tokens 64 to 257, the model has 257" in err
 
 
 @pytest.mark.parametrize(
