@@ -5,14 +5,18 @@ Letters: N parameters. Small letters, as the capitals are taken: c compute of
 a run in FLOPs, d its tokens, n runs; R fits at once.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import least_squares
+from scipy.special import logsumexp, softmax
 from torch.nn import functional as F
 
 from llama_tut.tools.devices import PEAKS
-from llama_tut.tools.files import InputError
+from llama_tut.tools.files import require
 
 # By hand: where to spend it
 
@@ -184,83 +188,48 @@ def predict_run(compute, sizes, losses, c, N, repeats=1000, seed=0):
 
 # A law of three terms
 
+DELTA = 1e-3  # where Huber's loss turns straight, of Hoffmann et al.
+STARTS = [(-1.0, 0.5), (5.0, 15.0), (5.0, 15.0), (0.3, 1.0), (0.3, 1.0)]
+
 
 def law_terms(theta, log_n, log_d):
-    """Logarithms of the three terms, [R, n, 3].
+    """Logarithms of the three terms, [3, n].
 
     Args:
-        theta: [R, 5]: ln floor, ln a, ln b, alpha, beta.
-        log_n, log_d: [n].
+        theta: ln floor, ln a, ln b, alpha, beta; log_n, log_d: [n].
     """
-    floor, a, b, alpha, beta = theta[..., None].unbind(-2)
-    parts = floor.expand(-1, len(log_n)), a - alpha * log_n, b - beta * log_d
-    return torch.stack(parts, -1)
+    floor, a, b, alpha, beta = theta
+    terms = floor + 0 * log_n, a - alpha * log_n, b - beta * log_d
+    return np.stack(terms)
 
 
-DELTA = 1e-3  # where Huber's loss turns straight, of Hoffmann et al.
-
-
-def huber(residuals, counts):
-    """Sum over the runs of Huber's loss: [R, n], [R, n] or [n] -> [R]."""
-    size = residuals.abs()
-    square, straight = size.square() / 2, DELTA * (size - DELTA / 2)
-    return (torch.where(size <= DELTA, square, straight) * counts).sum(-1)
-
-
-def damped_step(theta, logs, counts, free, damping):
-    """Levenberg's and Marquardt's step, to be taken off theta: [R, 5].
+def descend(start, log_n, log_d, log_loss, free):
+    """Lower Huber's loss from one start -> theta [5], the sum of the losses.
 
     Args:
-        theta: [R, 5]; logs: of N, of d and of the losses, [n] each.
-        counts: [n] or [R, n]; free: [5], 0 where a number is held.
-        damping: [R, 1].
+        start: [5]; free: which of its numbers may move.
     """
-    log_n, log_d, log_loss = logs
-    terms = law_terms(theta, log_n, log_d)
-    residuals = terms.logsumexp(-1) - log_loss
-    e, a, b = terms.softmax(-1).unbind(-1)  # shares of the loss
-    slopes = torch.stack((e, a, b, -a * log_n, -b * log_d), -1) * free
-    weights = counts * DELTA / residuals.abs().clamp_min(DELTA)
-    weighted = slopes * weights[..., None]
-    matrix = weighted.mT @ slopes + torch.diag(1 - free)
-    pull = (weighted * residuals[..., None]).sum(-2)
-    scale = matrix.diagonal(dim1=-2, dim2=-1) + 1e-9
-    damped = matrix + torch.diag_embed(damping * scale)
-    return torch.linalg.solve(damped, pull)
+
+    def whole(x):
+        theta = np.array(start, dtype=float)
+        theta[free] = x
+        return theta
+
+    def residuals(x):
+        return logsumexp(law_terms(whole(x), log_n, log_d), 0) - log_loss
+
+    def slopes(x):
+        e, a, b = softmax(law_terms(whole(x), log_n, log_d), 0)
+        return np.stack((e, a, b, -a * log_n, -b * log_d), 1)[:, free]
+
+    x = np.array(start)[free]
+    huber = {"loss": "huber", "f_scale": DELTA, "x_scale": "jac"}
+    close = {"ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": 400}
+    found = least_squares(residuals, x, slopes, **huber, **close)
+    return whole(found.x), found.cost
 
 
-def misfit(theta, logs, counts):
-    """Huber's loss of each fit: [R]; arguments as in `damped_step`."""
-    log_n, log_d, log_loss = logs
-    fitted = law_terms(theta, log_n, log_d).logsumexp(-1)
-    return huber(fitted - log_loss, counts)
-
-
-def descend(theta, logs, counts, free, steps):
-    """Lower Huber's loss, for all starts at once; as in `damped_step`.
-
-    Returns: theta [R, 5], and its Huber loss [R].
-    """
-    damping = torch.full_like(theta[:, :1], 1e-2)
-    lowest = misfit(theta, logs, counts)
-    for _ in range(steps):
-        trial = theta - damped_step(theta, logs, counts, free, damping)
-        new = misfit(trial, logs, counts)
-        better = new < lowest
-        theta = torch.where(better[:, None], trial, theta)
-        lowest = torch.where(better, new, lowest)
-        damping = torch.where(better[:, None], damping / 4, damping * 4)
-        damping = damping.clamp(1e-12, 1e8)
-    return theta, lowest
-
-
-def starts():
-    """[R, 5]: ln floor, ln a, ln b, alpha, beta to begin at."""
-    values = (-1.0, 0.5), (5.0, 15.0), (5.0, 15.0), (0.3, 1.0), (0.3, 1.0)
-    return torch.cartesian_prod(*(torch.tensor(v).double() for v in values))
-
-
-def fit_law(N, d, losses, floor=None, steps=150):
+def fit_law(N, d, losses, floor=None):
     """The Law that fits runs best, and how well.
 
     Args:
@@ -269,33 +238,26 @@ def fit_law(N, d, losses, floor=None, steps=150):
 
     Returns: a Law of floats, and the sum of Huber losses.
     """
-    theta, free = starts(), torch.ones(5).double()
-    if floor is not None:
-        theta[:, 0], free[0] = math.log(floor), 0
-    logs = N.log(), d.log(), losses.log()
-    ends, huber_loss = descend(theta, logs, 1, free, steps)
-    best = huber_loss.argmin()
-    return as_law(ends[best]), huber_loss[best].item()
+    logs = [np.log(np.asarray(x)) for x in (N, d, losses)]
+    held = {} if floor is None else {0: math.log(floor)}
+    free = [i for i in range(5) if i not in held]
+    starts = [(*held.values(),) if held else STARTS[0], *STARTS[1:]]
+    ends = [descend(s, *logs, free) for s in itertools.product(*starts)]
+    theta, misfit = min(ends, key=lambda end: end[1])
+    return Law(*np.exp(theta[:3]).tolist(), *theta[3:].tolist()), float(misfit)
 
 
-def as_law(theta):
-    """[5] -> Law of floats, [R, 5] -> Law of tensors [R]."""
-    values = torch.cat((theta[..., :3].exp(), theta[..., 3:]), -1)
-    one = values.dim() == 1
-    return Law(*(values.tolist() if one else values.unbind(-1)))
-
-
-def bootstrap_law(N, d, losses, law, repeats=300, seed=0, steps=40):
+def bootstrap_law(N, d, losses, law, repeats=300, seed=0):
     """Laws of redrawn runs, from the fit of all -> Law of tensors [R]."""
-    n = len(losses)
-    source = torch.Generator().manual_seed(seed)
-    rows = torch.randint(n, (repeats, n), generator=source)
-    counts = F.one_hot(rows, n).sum(1).double()  # how often each is drawn
-    values = law.floor, law.a, law.b
-    theta = [*map(math.log, values), law.alpha, law.beta]
-    theta = torch.tensor(theta).double().expand(repeats, 5)
-    logs, free = (N.log(), d.log(), losses.log()), torch.ones(5).double()
-    return as_law(descend(theta, logs, counts, free, steps)[0])
+    logs = np.stack([np.log(np.asarray(x)) for x in (N, d, losses)])
+    start = [*map(math.log, (law.floor, law.a, law.b)), law.alpha, law.beta]
+    random = np.random.default_rng(seed)
+    thetas = []
+    for _ in range(repeats):
+        rows = random.integers(logs.shape[1], size=logs.shape[1])
+        thetas.append(descend(start, *logs[:, rows], list(range(5)))[0])
+    thetas = torch.tensor(np.stack(thetas))  # [R, 5]
+    return Law(*thetas[:, :3].exp().unbind(1), *thetas[:, 3:].unbind(1))
 
 
 # A planner
@@ -333,16 +295,20 @@ def short(x):
     return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
-def check_plan(device, flops, size, tokens, mfu, others):
+def check_plan(device, mfu, flops, size, tokens, *others):
     """Refuse what makes no plan. Raises: InputError."""
-    if device not in PEAKS:
-        raise InputError(f"{device!r} is unknown: take {', '.join(PEAKS)}")
+    known = ", ".join(PEAKS)
+    require(device in PEAKS, f"{device!r} is unknown: take {known}")
     given = (flops is not None, size is not None, tokens is not None)
-    if given not in ((1, 0, 0), (1, 1, 0), (0, 1, 1)):
-        raise InputError("give flops, flops and size, or size and tokens")
-    numbers = (flops, size, tokens, *others)
-    if min(x for x in numbers if x is not None) <= 0 or mfu > 1:
-        raise InputError("all numbers are above 0, and mfu is at most 1")
+    require(
+        given in ((1, 0, 0), (1, 1, 0), (0, 1, 1)),
+        "give flops, flops and size, or size and tokens",
+    )
+    numbers = (mfu, flops, size, tokens, *others)
+    require(
+        all(x > 0 for x in numbers if x is not None) and mfu <= 1,
+        "all numbers are above 0, and mfu is at most 1",
+    )
 
 
 def plan_run(
@@ -366,16 +332,20 @@ def plan_run(
 
     Raises: InputError for an unknown device or another set of numbers.
     """
-    numbers = (devices, mfu, price, each)
-    check_plan(device, flops, size, tokens, mfu, numbers)
+    check_plan(device, mfu, flops, size, tokens, devices, price, each)
     if size is None:
         size, _ = law.best(flops)
     each = each or 6 * size
     if flops is None:
         flops = each * tokens
     hours = flops / (devices * PEAKS[device] * mfu) / 3600
-    total = hours * devices
-    cost = None if price is None else total * price
-    least = math.ceil(16 * size / MEMORY[device])
-    plan = size, flops / each, flops, hours, total, cost, 16 * size, least
-    return Plan(*plan)
+    return Plan(
+        size=size,
+        tokens=flops / each,
+        flops=flops,
+        hours=hours,
+        device_hours=hours * devices,
+        cost=None if price is None else hours * devices * price,
+        state_bytes=16 * size,
+        least_devices=math.ceil(16 * size / MEMORY[device]),
+    )

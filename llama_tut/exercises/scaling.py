@@ -2,7 +2,83 @@
 
 import math
 
+import numpy as np
+from scipy.optimize import curve_fit
+
 from llama_tut.exercises import exercise, expect, expect_close, wrong
+
+
+@exercise("scaling.power")
+def check_power(answer):
+    """A power law by least squares of the logarithms."""
+    xs = [1.0, 10.0, 100.0, 1000.0]
+    found = answer(xs, [3 * x**-0.5 for x in xs])
+    expect(
+        isinstance(found, tuple | list) and len(found) == 2,
+        "return two numbers: the scale and the exponent",
+    )
+    scale, p = map(float, found)
+    expect(
+        abs(scale + 0.5) > 1e-3 or abs(p - 3) > 1e-3,
+        "the order is: scale, exponent",
+    )
+    expect(
+        abs(scale - math.log(3)) > 1e-3 and abs(scale - math.log10(3)) > 1e-3,
+        "that scale is still a logarithm: take its exponential",
+    )
+    expect(
+        abs(p + 2) > 1e-3,
+        "the other way round: that is x as a power of y",
+    )
+    expect(abs(p - 0.5) > 1e-3, "the exponent has the wrong sign")
+    expect_close((scale, p), (3.0, -0.5), "3 * x ** -0.5 gives 3 and -0.5")
+    ys = [4.0, 2.0, 1.5, 0.4]
+    u, v = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    a, b = sum(u) / 4, sum(v) / 4
+    products = sum((x - a) * (y - b) for x, y in zip(u, v, strict=True))
+    slope = products / sum((x - a) ** 2 for x in u)
+    found = tuple(map(float, answer(xs, ys)))
+    expect(
+        abs(found[1] - (v[3] - v[0]) / (u[3] - u[0])) > 1e-3,
+        "that line goes through the first and the last point: use all of them",
+    )
+    expect_close(
+        found,
+        (math.exp(b - slope * a), slope),
+        "the least squares are those of the logarithms, not of the numbers",
+    )
+
+
+@wrong("scaling.power", "still a logarithm")
+def no_exponential(xs, ys):
+    p, log_scale = np.polyfit(np.log(xs), np.log(ys), 1)
+    return log_scale, p
+
+
+@wrong("scaling.power", "the order is")
+def slope_first(xs, ys):
+    p, log_scale = np.polyfit(np.log(xs), np.log(ys), 1)
+    return p, math.exp(log_scale)
+
+
+@wrong("scaling.power", "the other way round")
+def x_from_y(xs, ys):
+    p, log_scale = np.polyfit(np.log(ys), np.log(xs), 1)
+    return math.exp(log_scale), p
+
+
+@wrong("scaling.power", "first and the last point")
+def two_points(xs, ys):
+    p = math.log(ys[-1] / ys[0]) / math.log(xs[-1] / xs[0])
+    return ys[0] / xs[0] ** p, p
+
+
+@wrong("scaling.power", "of the logarithms")
+def by_the_numbers(xs, ys):
+    def power(x, scale, p):
+        return scale * x**p
+
+    return tuple(curve_fit(power, np.array(xs), np.array(ys), (3, -0.5))[0])
 
 
 @exercise("scaling.growth")
@@ -15,6 +91,11 @@ def check_growth(answer):
         abs(p - 0.34 / 0.62) > 1e-3,
         "the other way round: if tokens help quickly (large beta), few are "
         "needed, and the compute goes into size",
+    )
+    expect(
+        abs(p - (0.34 * 0.28) ** 0.5) > 1e-3,
+        "a mean of the two exponents is no solution: set the derivative by N "
+        "to zero",
     )
     expect(abs(p - 0.28) > 1e-3, "N d grows as c, so p + q must be 1")
     expect(abs(p - 0.5) > 1e-3, "a half only if alpha and beta are equal")
@@ -31,6 +112,12 @@ def exchanged(alpha, beta):
 @wrong("scaling.growth", "p + q must be 1")
 def plain(alpha, beta):
     return beta, alpha
+
+
+@wrong("scaling.growth", "a mean of the two")
+def geometric(alpha, beta):
+    p = (alpha * beta) ** 0.5
+    return p, 1 - p
 
 
 @wrong("scaling.growth", "only if alpha and beta are equal")
@@ -95,6 +182,13 @@ def check_valley(answer):
         found not in sizes,
         "the best of the three is not the lowest point of the parabola",
     )
+    middles = (sum(sizes) / 3, math.prod(sizes) ** (1 / 3))
+    middles += ((sizes[0] * sizes[2]) ** 0.5, (sizes[0] + sizes[2]) / 2)
+    expect(
+        all(abs(found / middle - 1) > 1e-6 for middle in middles),
+        "that is a middle of the three sizes, whatever the losses are: the "
+        "lowest point depends on them",
+    )
     expect(
         found > 100, "that is the logarithm of the size: take its exponential"
     )
@@ -108,6 +202,11 @@ def check_valley(answer):
     expect_close(
         found / 2e6, 1.0, "the lowest point may lie beyond the three", 1e-4
     )
+
+
+@wrong("scaling.valley", "whatever the losses are")
+def geometric_mean(sizes, losses):
+    return math.prod(sizes) ** (1 / 3)
 
 
 @wrong("scaling.valley", "best of the three")
