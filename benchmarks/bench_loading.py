@@ -1,11 +1,13 @@
-"""Loading time and peak memory beside transformers' from_pretrained.
+"""Loading: seconds and peak memory of three ways to load the default model.
 
     python benchmarks/bench_loading.py [--rounds 5]
 
-Each load runs in a process of its own, in turn. After the imports it notes its
-memory, loads the default model, reads every weight once (a mapped file costs
-nothing before that) and notes the peak, all on Linux. The time is that of
-loading and of the first reading. Writes benchmarks/results/loading.json.
+The ways: plain (build a model, read the file, copy), llama_tut, transformers.
+Each load runs in a process of its own, in turn. The process first loads a tiny
+model in the same way, so that imports do not count. Then it notes its memory,
+loads the default model, reads every weight once (a mapped file costs nothing
+before that), and notes the peak, all on Linux. Writes
+benchmarks/results/loading.json, which chapter 9 reads.
 """
 
 import argparse
@@ -13,31 +15,45 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 
+from llama_tut.config import LlamaConfig
+from llama_tut.model import LlamaForCausalLM
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
+from llama_tut.weights import save_pretrained
 
 CHILD = """
 import json, sys, time
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from llama_tut.weights import load_pretrained
+from llama_tut.model import LlamaForCausalLM
+from llama_tut.weights import load_pretrained, read_config
 
 def memory(field):
     for line in open("/proc/self/status"):
         if line.startswith(field):
             return int(line.split()[1]) / 1024
 
+def plain(folder, dtype):
+    model = LlamaForCausalLM(read_config(folder))
+    model.load_state_dict(load_file(folder + "/model.safetensors"))
+    return model.to(dtype)
+
+def by_transformers(folder, dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
 torch.set_num_threads(1)
-who, folder, dtype = sys.argv[1:]
+way, tiny, folder, dtype = sys.argv[1:]
+ways = {"plain": plain, "llama_tut": load_pretrained}
+load = ways.get(way, by_transformers)
 dtype = getattr(torch, dtype)
-start = time.perf_counter()
+load(tiny, dtype)
 before = memory("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-if who == "llama_tut":
-    model = load_pretrained(folder, dtype)
-else:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again
+start = time.perf_counter()
+model = load(folder, dtype)
 loaded = time.perf_counter()
 touched = sum(p.sum().item() for p in model.parameters())
 print(json.dumps({
@@ -49,10 +65,10 @@ print(json.dumps({
 """
 
 
-def load(who, folder, dtype):
+def load(way, *args):
     """One load in a new process: its figures."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, who, str(folder), dtype],
+        [sys.executable, "-c", CHILD, way, *map(str, args)],
         capture_output=True,
         text=True,
         check=True,
@@ -66,21 +82,26 @@ def main():
     args = parser.parse_args()
     folder = find_pretrained()
     cases = [
-        (who, dtype)
+        (way, dtype)
         for dtype in ("float32", "bfloat16")
-        for who in ("transformers", "llama_tut")
+        for way in ("plain", "llama_tut", "transformers")
     ]
     found = {case: [] for case in cases}
-    for _ in range(args.rounds):
-        for case in cases:
-            found[case].append(load(case[0], folder, case[1]))
+    with tempfile.TemporaryDirectory() as tiny:
+        save_pretrained(LlamaForCausalLM(LlamaConfig()), tiny)
+        for _ in range(args.rounds):
+            for way, dtype in cases:
+                runs = found[way, dtype]
+                runs.append(load(way, tiny, folder, dtype))
     rows = {}
-    for (who, dtype), runs in found.items():
-        rows[f"{who} {dtype}"] = {
+    for (way, dtype), runs in found.items():
+        row = {
             key: round(statistics.median(run[key] for run in runs), 3)
             for key in runs[0]
         }
-        print(who, dtype, rows[f"{who} {dtype}"])
+        row["peak_ratio"] = round(row["peak_mib"] / row["weights_mib"], 2)
+        rows[f"{way} {dtype}"] = row
+        print(way, dtype, row)
     write_result("loading", {"rounds": args.rounds, "rows": rows})
 
 

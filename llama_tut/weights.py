@@ -24,6 +24,13 @@ from llama_tut.tools.safetensors_folder import (
 
 # Every tensor, and no other
 
+
+def empty_model(config):
+    """A `LlamaForCausalLM` on the device meta: shapes without memory."""
+    with without_memory():
+        return LlamaForCausalLM(config)
+
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -46,69 +53,58 @@ def check_table(table, model):
     require(not missing, f"the checkpoint lacks {shorten(missing)}")
     require(not extra, f"the model has no place for {shorten(extra)}")
     for name, here in state.items():
-        stored = table[name].tensor
+        there = table[name].tensor
         require(
-            stored.shape == here.shape,
-            f"{name} is {list(stored.shape)} in the checkpoint and "
+            there.shape == here.shape,
+            f"{name} is {list(there.shape)} in the checkpoint and "
             f"{list(here.shape)} in the model",
         )
         require(
-            stored.dtype in FLOATS,
-            f"{name} is stored as {stored.dtype}, which is not built",
+            there.dtype in FLOATS,
+            f"{name} is stored as {there.dtype}, which is not built",
         )
     if tied and HEAD in table:
-        head, embedding = table[HEAD].tensor, table[EMBEDDING].tensor
         require(
-            torch.equal(head, embedding),
+            torch.equal(table[HEAD].tensor, table[EMBEDDING].tensor),
             f"config says tie_word_embeddings, but {HEAD} differs from "
             f"{EMBEDDING}",
         )
 
 
-def empty_model(config):
-    """A `LlamaForCausalLM` on the device meta: shapes without memory."""
-    with without_memory():
-        return LlamaForCausalLM(config)
-
-
-# Load
+# No silent cast
 
 
 @torch.no_grad()
-def load_state(model, source, dtype=None, device="cpu"):
+def load_state(model, table, dtype=None, device="cpu"):
     """Fill a model with the weights of a checkpoint, by name.
 
     Args:
         model: a `LlamaForCausalLM`. On the device meta it takes the stored
             tensors as its own; with memory it is filled in place.
-        source: a Hugging Face folder, or its `tensor_table`.
+        table: {name: Stored}, from `tensor_table`.
         dtype, device: for a model on meta; None keeps the stored dtype.
 
     Raises:
         InputError: a tensor is missing, unknown, misshapen or of another
             dtype than the model. The model is then unchanged.
     """
-    table = source if isinstance(source, dict) else tensor_table(source)
     check_table(table, model)
     state = model.state_dict()
     stored = {name: table[name].tensor for name in state}
+    kinds = {str(tensor.dtype) for tensor in stored.values()}
     if any(tensor.is_meta for tensor in state.values()):
-        kinds = {tensor.dtype for tensor in stored.values()}
-        require(
-            dtype or len(kinds) == 1,
-            f"the checkpoint mixes {shorten(sorted(map(str, kinds)))}: say "
-            "which dtype to use",
-        )
-        mapped = dtype is None or kinds == {dtype}
-        if not mapped or torch.device(device).type != "cpu":
+        mixed = f"the checkpoint mixes {shorten(sorted(kinds))}"
+        require(dtype or len(kinds) == 1, f"{mixed}: say which dtype to use")
+        cast = dtype is not None and kinds != {str(dtype)}
+        if cast or torch.device(device).type != "cpu":
             stored = dict(read_tensors(table, state, dtype, device))
         model.load_state_dict(stored, assign=True)
         return model
-    for name, tensor in state.items():
-        there, here = stored[name].dtype, tensor.dtype
+    for name, here in state.items():
+        there = stored[name].dtype
         require(
-            there == here,
-            f"{name} is {there} in the checkpoint and {here} in the model",
+            there == here.dtype,
+            f"{name} is {there} in the checkpoint, {here.dtype} in the model",
         )
     for name, tensor in read_tensors(table, state):
         state[name].copy_(tensor)
@@ -134,11 +130,9 @@ def load_pretrained(name=None, dtype=None, device="cpu"):
     """
     folder = find_pretrained(name)
     config, table = read_config(folder), tensor_table(folder)
-    # Before the model is built: a wrong number might build for hours.
-    here = config.num_hidden_layers
-    there = len(
-        {x.split(".")[2] for x in table if x.startswith("model.layers.")}
-    )
+    # Before anything is built: a wrong number of layers might take for ever.
+    blocks = [x.split(".")[2] for x in table if x.startswith("model.layers.")]
+    here, there = config.num_hidden_layers, len(set(blocks))
     require(
         here == there,
         f"config has num_hidden_layers {here}, the checkpoint has {there}",
@@ -146,7 +140,7 @@ def load_pretrained(name=None, dtype=None, device="cpu"):
     return load_state(empty_model(config), table, dtype, device)
 
 
-# Save
+# The way back
 
 
 def save_pretrained(model, folder, tokenizer=None):

@@ -216,7 +216,7 @@ def test_a_model_with_memory_is_filled_in_place(tmp_path):
     model = LlamaForCausalLM(source.config)
     held = list(model.parameters())
     places = [p.data_ptr() for p in held]
-    load_state(model, tmp_path / "m")
+    load_state(model, tensor_table(tmp_path / "m"))
     assert all(a is b for a, b in zip(held, model.parameters(), strict=True))
     assert [p.data_ptr() for p in held] == places
     for a, b in zip(held, source.parameters(), strict=True):
@@ -228,7 +228,7 @@ def test_no_silent_cast_into_a_model_with_memory(tmp_path):
     model = our_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(InputError, match="bfloat16 .*float32"):
-        load_state(model, tmp_path / "m")
+        load_state(model, tensor_table(tmp_path / "m"))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_named(fault, memory, tmp_path):
         for parameter in model.parameters():
             parameter.zero_()
     with pytest.raises(InputError, match=said) as error:
-        load_state(model, tmp_path / "m")
+        load_state(model, tensor_table(tmp_path / "m"))
     one_line(error)
     for parameter in model.parameters():  # untouched
         assert parameter.is_meta or not parameter.any()
@@ -657,6 +657,6 @@ def test_the_tolerance_finds_a_wrong_config(real, name):
     ours, theirs, ids = real
     wrong = {"rms_norm_eps": 1e-6, "rope_theta": 1e4}[name]
     config = replace(ours.config, **{name: wrong})
-    changed = load_state(empty_model(config), find_pretrained())
+    changed = load_state(empty_model(config), tensor_table(find_pretrained()))
     difference = changed(ids[:, :64]) - theirs(ids[:, :64]).logits
     assert difference.abs().max() > 1e-3

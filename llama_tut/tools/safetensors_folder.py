@@ -113,24 +113,30 @@ def tensor_table(folder):
 
 
 def read_tensors(table, names, dtype=None, device=None):
-    """Yield (name, tensor), read one at a time, then cast and moved.
+    """Yield (name, tensor) for tensors that must be cast, moved or copied.
 
-    For tensors that are not used as they are mapped. Reading past the map
-    keeps the pages of the original from piling up beside the result.
+    They are read in pieces of 4 MiB: casting them out of the map would keep
+    the pages of the original beside the result.
     """
+    piece = torch.empty(2**22, dtype=torch.uint8)
     for path in {table[name].path: None for name in names}:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             for name in names:
-                if table[name].path == path:
-                    shape, kind = (
-                        table[name].tensor.shape,
-                        table[name].tensor.dtype,
-                    )
-                    data = bytearray(table[name].tensor.nbytes)
-                    file.seek(table[name].offset)
-                    file.readinto(data)
-                    tensor = torch.frombuffer(data, dtype=kind).view(shape)
-                    yield name, tensor.to(device=device, dtype=dtype)
+                stored, where, offset = table[name]
+                if where == path:
+                    file.seek(offset)
+                    yield name, read_tensor(file, stored, piece, dtype, device)
+
+
+def read_tensor(file, stored, piece, dtype, device):
+    """Read what `stored` maps from the open file, cast and moved."""
+    kind, size = stored.dtype, stored.dtype.itemsize
+    result = torch.empty(stored.shape, dtype=dtype or kind, device=device)
+    for part in result.view(-1).split(len(piece) // size):
+        numbers = piece[: len(part) * size]
+        file.readinto(numbers.numpy())
+        part.copy_(numbers.view(kind))
+    return result
 
 
 @contextlib.contextmanager
