@@ -1,5 +1,5 @@
 # From notebooks/14_optimizer.ipynb by scripts/export.py: edit the notebook.
-"""Optimizers: AdamW, Muon for matrices, the learning rate, clipping.
+"""Optimizers: AdamW, Muon for matrices, and the learning rate.
 
 Letters: N parameters; matrices have rows and columns.
 """
@@ -13,36 +13,30 @@ from llama_tut.tools.files import InputError
 # Which parameters decay
 
 
-def decays(name):
-    """Whether weight decay applies to the parameter of this name.
+def parameter_groups(model, weight_decay, muon=False):
+    """Groups of parameters for an optimizer: those that decay, and the others.
 
-    Matrices decay, embeddings among them. Gains of norms and biases do not:
-    zero is no natural value for a gain.
-    """
-    owner, _, kind = name.rpartition(".")
-    owner = owner.rpartition(".")[2]
-    return kind != "bias" and "norm" not in owner and owner[:3] != "ln_"
-
-
-def parameter_groups(model, weight_decay):
-    """Two groups for an optimizer: parameters that decay, and the others.
+    Tensors of two dimensions or more decay, embeddings among them. Gains of
+    norms and biases have one and do not: zero is no natural value for a gain.
 
     Args:
-        model: the inner model, not wrapped, so that names are its own.
-        weight_decay: the decay of the first group; the second has none.
-
-    Returns:
-        A list of dicts with `params`, a list of (name, parameter), and
-        `weight_decay`. A group without parameters is left out.
+        model: the inner model, before anything flattens its parameters.
+        muon: put the matrices of the blocks into a group marked `muon`.
     """
-    named = list(model.named_parameters())
-    matrices = [(n, p) for n, p in named if decays(n)]
-    others = [(n, p) for n, p in named if not decays(n)]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    groups = {}
+    for name, p in model.named_parameters():
+        # Blocks are numbered, as in layers.0; embeddings and head are not.
+        in_block = any(part.isdigit() for part in name.split("."))
+        key = p.dim() >= 2, muon and in_block and p.dim() == 2
+        groups.setdefault(key, []).append((name, p))
+    return [
+        {
+            "params": named,
+            "weight_decay": weight_decay if decays else 0.0,
+            "muon": hidden,
+        }
+        for (decays, hidden), named in groups.items()
     ]
-    return [group for group in groups if group["params"]]
 
 
 # The learning rate
@@ -78,22 +72,6 @@ def learning_rate_at(
     if schedule == "cosine":
         left = 0.5 * (1 - math.cos(math.pi * left))
     return peak * (final_fraction + (1 - final_fraction) * left)
-
-
-# Clipping
-
-
-def clip_gradients(parameters, max_norm):
-    """Shorten all gradients together if their norm exceeds max_norm.
-
-    Args:
-        max_norm: the largest norm allowed; infinity only measures.
-
-    Returns:
-        The norm before clipping, a scalar tensor. It is not finite if any
-        gradient is not, and so are then all gradients.
-    """
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 # Muon: a step for a matrix
@@ -134,22 +112,23 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, groups, momentum=0.95, **adamw):
-        for group in groups:
-            group.setdefault("muon", False)
         super().__init__(groups, **adamw)
         self.momentum = momentum
 
     @torch.no_grad()
     def step(self, closure=None):  # torch's helpers pass None
-        """Update every parameter that has a gradient."""
-        groups = self.param_groups
-        self.param_groups = [g for g in groups if not g["muon"]]
-        super().step()  # AdamW, on its own groups only
-        self.param_groups = groups
-        for group in groups:
-            if group["muon"]:
-                for batch in equal_shapes(group["params"]):
-                    muon_step(self.state, batch, group, self.momentum)
+        """Update every parameter that has a gradient.
+
+        The gradients of Muon's matrices are None afterwards, so that AdamW
+        passes over them.
+        """
+        for group in self.param_groups:
+            if group.get("muon"):
+                for matrices in equal_shapes(group["params"]):
+                    muon_step(self.state, matrices, group, self.momentum)
+                for p in group["params"]:
+                    p.grad = None
+        super().step()
 
 
 def muon_step(state, matrices, group, momentum):
@@ -161,7 +140,7 @@ def muon_step(state, matrices, group, momentum):
     means = [state[p]["momentum"] for p in matrices]
     gradients = [p.grad for p in matrices]
     torch._foreach_lerp_(means, gradients, 1 - momentum)
-    ahead = torch._foreach_lerp(gradients, means, momentum)
+    ahead = torch._foreach_lerp(gradients, means, momentum)  # Nesterov
     updates = newton_schulz(torch.stack(ahead)).to(matrices[0].dtype)
     size = group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5
     torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
@@ -186,22 +165,6 @@ def equal_shapes(parameters, limit=2**26):
 # Building the optimizer
 
 
-def split_hidden(groups):
-    """Part the matrices of the blocks, marked `muon`, from embeddings and
-    head; the groups are those of `parameter_groups`."""
-    tables = ("embed", "lm_head", "wte", "wpe")
-    parted = []
-    for group in groups:
-        hidden, rest = [], []
-        for name, p in group["params"]:
-            table = any(word in name for word in tables)
-            is_map = decays(name) and p.ndim == 2 and not table
-            (hidden if is_map else rest).append((name, p))
-        parted.append({**group, "params": hidden, "muon": True})
-        parted.append({**group, "params": rest, "muon": False})
-    return [group for group in parted if group["params"]]
-
-
 def build_optimizer(
     model,
     name="adamw",
@@ -218,11 +181,13 @@ def build_optimizer(
     Raises:
         InputError: no optimizer has this name.
     """
-    groups = parameter_groups(model, weight_decay)
-    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    settings = dict(lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, **settings)
-    if name == "muon":
-        return Muon(split_hidden(groups), **settings)
-    raise InputError(f"optimizer {name!r}: take adamw or muon")
+    kinds = {"adamw": torch.optim.AdamW, "muon": Muon}
+    if name not in kinds:
+        raise InputError(f"optimizer {name!r}: take adamw or muon")
+    return kinds[name](
+        parameter_groups(model, weight_decay, muon=name == "muon"),
+        lr=learning_rate,
+        betas=betas,
+        eps=1e-8,
+        fused=next(model.parameters()).device.type in ("cpu", "cuda", "mps"),
+    )

@@ -5,7 +5,6 @@ Letters: B batch, T time, W ranks, k micro batches of a step.
 """
 
 import math
-import time
 from contextlib import nullcontext
 
 import torch
@@ -23,8 +22,8 @@ def train_step(
     *,
     max_norm=1.0,
     autocast=nullcontext,
-    sync=lambda last: nullcontext(),
-    mean=lambda numbers: numbers,
+    sync=None,
+    mean=None,
 ):
     """One optimizer step on k micro batches, averaged.
 
@@ -33,9 +32,9 @@ def train_step(
         max_norm: the gradient is clipped to this norm; 0 does not clip.
         autocast: called for the context of each forward pass.
         sync: called with whether the micro batch is the step's last, for the
-            context of its forward and backward pass: chapter 16's ranks
-            exchange gradients in the last one only.
-        mean: averages a tensor over ranks.
+            context of its forward and backward pass; ranks exchange their
+            gradients in the last one only (chapter 16). None: alone.
+        mean: averages a tensor over ranks. None: alone.
 
     Returns: the mean loss and the norm of the gradient before clipping.
     Raises: FloatingPointError, on all ranks, when one of them is not finite
@@ -44,14 +43,15 @@ def train_step(
     loss = 0.0
     device = next(model.parameters()).device
     for i, (inputs, targets) in enumerate(batches, 1):
-        with sync(i == len(batches)):
+        with sync(i == len(batches)) if sync else nullcontext():
             with autocast():
                 part = model(inputs.to(device), targets=targets.to(device))
                 part = part / len(batches)
             part.backward()
         loss += part.detach()  # the number only: the graph may go
     norm = clip_grad_norm_(model.parameters(), max_norm or math.inf)
-    loss, norm = mean(torch.stack((loss, norm))).tolist()
+    both = torch.stack((loss, norm))
+    loss, norm = (mean(both) if mean else both).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise FloatingPointError(
@@ -113,7 +113,7 @@ def evaluate(
     rank=0,
     world_size=1,
     autocast=nullcontext,
-    mean=lambda numbers: numbers,
+    mean=None,
 ):
     """Mean loss in nats a token over the first `rows` rows of `loader`.
 
@@ -121,7 +121,7 @@ def evaluate(
 
     Args:
         loader: a `ShardLoader` of one rank that does not shuffle.
-        mean: averages a tensor over ranks.
+        mean: averages a tensor over ranks. None: alone.
     """
     B, device = loader.batch_size, next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
@@ -137,8 +137,8 @@ def evaluate(
         if count:
             total += torch.tensor([loss.item() * count, count])
     model.train()
-    total = mean(total)
-    return (total[0] / total[1]).item()
+    losses, tokens = mean(total) if mean else total
+    return (losses / tokens).item()
 
 
 # What a loss must beat

@@ -11,8 +11,6 @@ from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import (
     Muon,
     build_optimizer,
-    clip_gradients,
-    decays,
     equal_shapes,
     learning_rate_at,
     newton_schulz,
@@ -45,26 +43,35 @@ def train(model, optimizer, steps, first=0):
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("model.embed_tokens.weight", True),
-        ("lm_head.weight", True),
-        ("model.layers.0.mlp.gate_proj.weight", True),
-        ("model.layers.0.input_layernorm.weight", False),
-        ("model.norm.weight", False),
-        ("model.layers.0.self_attn.q_proj.bias", False),
-        ("transformer.h.0.attn.c_attn.weight", True),
-        ("transformer.h.0.attn.c_attn.bias", False),
-        ("transformer.h.0.ln_1.weight", False),
-        ("transformer.ln_f.weight", False),
-        ("transformer.wpe.weight", True),
-        ("norm.weight", False),
-        ("weight", True),
-    ],
-)
-def test_decay_by_name(name, expected):
-    assert decays(name) == expected
+class GPT2Names(torch.nn.Module):
+    """A block with GPT-2's names, and its tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = torch.nn.Embedding(8, 4)
+        self.h = torch.nn.ModuleList(
+            [torch.nn.ModuleDict({
+                "ln_1": torch.nn.LayerNorm(4), "c_attn": torch.nn.Linear(4, 4)
+            })]
+        )  # fmt: skip
+        self.ln_f = torch.nn.LayerNorm(4)
+
+
+def test_groups_go_by_dimensions_and_by_block():
+    """Whatever the names: no gain and no bias decays, tables are not Muon's."""
+    groups = parameter_groups(GPT2Names(), 0.1, muon=True)
+    found = {
+        (group["weight_decay"], group["muon"]): [n for n, _ in group["params"]]
+        for group in groups
+    }
+    assert found == {
+        (0.1, False): ["wte.weight"],
+        (0.1, True): ["h.0.c_attn.weight"],
+        (0.0, False): [
+            "h.0.ln_1.weight", "h.0.ln_1.bias", "h.0.c_attn.bias",
+            "ln_f.weight", "ln_f.bias",
+        ],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -80,8 +87,8 @@ def test_every_parameter_is_in_one_group(name, tied):
     expected = {n for n in names if "_proj." in n} if name == "muon" else set()
     assert hidden == expected
     for group in groups:
-        decayed = {decays(n) for n in group["param_names"]}
-        assert decayed == {group["weight_decay"] > 0}
+        matrix = {p.dim() >= 2 for p in group["params"]}
+        assert matrix == {group["weight_decay"] > 0}
 
 
 def test_a_model_without_norms_has_one_group():
@@ -211,9 +218,33 @@ def test_unknown_names_are_refused():
         learning_rate_at(0, 1.0, 10, 5, "linear")
 
 
-def test_clipping_measures_at_infinity():
-    p = torch.nn.Parameter(torch.zeros(3))
-    p.grad = torch.full((3,), 100.0)
-    norm = clip_gradients([p], math.inf)
-    assert math.isclose(norm.item(), 100 * 3**0.5, rel_tol=1e-6)
-    assert torch.equal(p.grad, torch.full((3,), 100.0))
+def test_muon_is_nesterovs():
+    """The update is that of the gradient ahead, not of the mean alone."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(16, 8))
+    optimizer = Muon(
+        [{"params": [p], "muon": True, "weight_decay": 0.0}], lr=1.0
+    )
+    mean = torch.zeros(16, 8)
+    for _ in range(3):
+        p.grad = torch.randn(16, 8)
+        gradient, before = p.grad.clone(), p.detach().clone()
+        optimizer.step()
+        mean = 0.95 * mean + 0.05 * gradient
+        ahead = 0.05 * gradient + 0.95 * mean
+        scale = 0.2 * 16**0.5
+        update = scale * newton_schulz(ahead[None])[0].float()
+        plain = scale * newton_schulz(mean[None])[0].float()
+        torch.testing.assert_close(before - p, update, rtol=0, atol=5e-3)
+        if _ > 0:
+            assert (before - p - plain).abs().max() > 0.05
+
+
+def test_adamw_passes_over_muons_matrices():
+    model = small_model()
+    optimizer = build_optimizer(model, "muon", 1e-2)
+    train(model, optimizer, 1)
+    for group in optimizer.param_groups:
+        keys = {key for p in group["params"] for key in optimizer.state[p]}
+        wanted = {"step", "momentum"} if group["muon"] else None
+        assert keys == (wanted or {"step", "exp_avg", "exp_avg_sq"})

@@ -7,6 +7,110 @@ import torch
 from llama_tut.exercises import exercise, expect, expect_close, wrong
 
 
+@exercise("optimizer.adamw")
+def check_adamw(answer):
+    """One step of AdamW, written out."""
+    p, g = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0])
+    m, v = torch.tensor([0.1, -0.2]), torch.tensor([0.3, 0.2])
+    before = [x.clone() for x in (p, g, m, v)]
+    rest = dict(t=3, lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    found = answer(p, g, m, v, weight_decay=0.0, **rest)
+    expect(len(found) == 3, "return three tensors: p, m and v")
+    new_p, new_m, new_v = found
+    expect_close(
+        new_m, 0.9 * before[2] + 0.1 * before[1], "m keeps beta1 of itself "
+        "and takes 1 - beta1 of the gradient",
+    )  # fmt: skip
+    expect(
+        not torch.allclose(new_v, 0.95 * before[3] + 0.05 * before[1]),
+        "v is a mean of the squared gradient",
+    )
+    expect_close(
+        new_v, 0.95 * before[3] + 0.05 * before[1] ** 2, "v keeps beta2 of "
+        "itself and takes 1 - beta2 of the gradient's square",
+    )  # fmt: skip
+
+    def step(mean, square):
+        return before[0] - 0.1 * mean / (square.sqrt() + 1e-8)
+
+    right = step(new_m / (1 - 0.9**3), new_v / (1 - 0.95**3))
+    for other, hint in (
+        (step(new_m, new_v), "the correction is missing: divide m by "
+         "1 - beta1 ** t, and v by 1 - beta2 ** t"),
+        (step(new_m / (1 - 0.9**2), new_v / (1 - 0.95**2)),
+         "t counts from 1: use t itself in the correction, not t - 1"),
+        (step(new_m / (1 - 0.9), new_v / (1 - 0.95)),
+         "the correction has beta ** t, not beta"),
+        (step(before[2] / (1 - 0.9**3), before[3] / (1 - 0.95**3)),
+         "the update uses the new means, not the old ones"),
+        (step(new_m / (1 - 0.9**3), (new_v / (1 - 0.95**3)) ** 2),
+         "divide by the root of v"),
+        (2 * before[0] - right, "it goes uphill: subtract the update"),
+    ):  # fmt: skip
+        expect(not torch.allclose(new_p, other, atol=1e-5), hint)
+    expect_close(new_p, right, "p moves by lr * m_hat / (root of v_hat + eps)")
+    decayed = answer(p, g, m, v, weight_decay=0.5, **rest)
+    expect(
+        torch.allclose(decayed[1], new_m),
+        "the decay is decoupled: it does not enter the gradient or the means",
+    )
+    for other, hint in (
+        (right, "the decay is missing"),
+        (right - 0.5 * before[0], "lr is missing in the decay: it takes "
+         "lr * weight_decay of p"),
+        (right + 0.05 * before[0], "decay shrinks p, it must not grow"),
+    ):  # fmt: skip
+        expect(not torch.allclose(decayed[0], other, atol=1e-5), hint)
+    expect_close(
+        decayed[0],
+        right - 0.05 * before[0],
+        "the decay takes lr * weight_decay of the old p",
+        1e-4,
+    )
+    small = answer(p, 1e-9 * g, 0 * m, 0 * v, weight_decay=0.0, **rest)[0]
+    expect(
+        (small - p).abs().max() < 0.07,
+        "eps is added after the root, not inside it",
+    )
+    same = all(map(torch.equal, before, (p, g, m, v)))
+    expect(same, "you changed what came in: return new tensors")
+
+
+def adamw_with(**fault):
+    """AdamW's step with one line wrong."""
+
+    def step(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+        if fault.get("coupled"):
+            g = g + weight_decay * p
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * (g if fault.get("linear") else g**2)
+        t = fault.get("t", t - fault.get("late", 0))
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        if fault.get("uncorrected"):
+            m_hat, v_hat = m, v
+        shrink = (1 if fault.get("no_lr") else lr) * weight_decay
+        if fault.get("coupled"):
+            shrink = 0
+        sign = -1 if fault.get("uphill") else 1
+        return p - shrink * p - sign * lr * m_hat / (v_hat.sqrt() + eps), m, v
+
+    return step
+
+
+for name, hint, fault in (
+    ("uncorrected", "correction is missing", dict(uncorrected=True)),
+    ("t_from_zero", "t counts from 1", dict(late=1)),
+    ("beta_without_power", "beta ** t, not beta", dict(t=1)),
+    ("not_squared", "squared gradient", dict(linear=True)),
+    ("l2", "decoupled", dict(coupled=True)),
+    ("decay_without_lr", "lr is missing", dict(no_lr=True)),
+    ("uphill", "uphill", dict(uphill=True)),
+):
+    fault = adamw_with(**fault)
+    fault.__name__ = name
+    wrong("optimizer.adamw", hint)(fault)
+
+
 @exercise("optimizer.half_life")
 def check_half_life(answer):
     """Steps until decay alone has halved a weight."""
@@ -18,7 +122,17 @@ def check_half_life(answer):
     )
     expect(
         abs(found - math.log(2) / 0.1) > 1,
-        "the rate is missing: a step takes away rate * decay of the weight",
+        "the learning rate is missing: a step takes away learning rate * "
+        "decay of the weight",
+    )
+    expect(
+        abs(found - 0.5e4) > 1,
+        "a step takes a share of what is left, not of the first weight: it "
+        "does not fall on a straight line",
+    )
+    expect(
+        abs(found - math.log(10) / 1e-4) > 2,
+        "this is the time to a tenth: take the logarithm of a half",
     )
     expect_close(
         answer(6e-4, 0.1),
@@ -38,7 +152,12 @@ def time_to_one_eth(learning_rate, weight_decay):
     return 1 / (learning_rate * weight_decay)
 
 
-@wrong("optimizer.half_life", "the rate is missing")
+@wrong("optimizer.half_life", "straight line")
+def linear_half_life(learning_rate, weight_decay):
+    return 0.5 / (learning_rate * weight_decay)
+
+
+@wrong("optimizer.half_life", "learning rate is missing")
 def without_rate(learning_rate, weight_decay):
     return math.log(2) / weight_decay
 

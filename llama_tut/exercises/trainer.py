@@ -1,6 +1,132 @@
 """Checkers of chapter 15."""
 
+import torch
+
 from llama_tut.exercises import exercise, expect, expect_close, wrong
+
+
+class Line(torch.nn.Module):
+    """One weight w; the loss is the mean of (w x - y) squared."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs, targets):
+        return ((self.w * inputs - targets) ** 2).mean()
+
+
+def two_steps(answer, max_norm):
+    """Weights after two steps of SGD (learning rate 0.1), and the losses.
+
+    Gradients of the three micro batches at w = 0: -12, -2, 4; mean -10/3.
+    """
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(torch.ones(4), torch.full((4,), float(y))) for y in (6, 1, -2)]
+    weights, losses = [], []
+    for _ in range(2):
+        losses.append(float(answer(model, optimizer, batches, max_norm)))
+        weights.append(model.w.item())
+    return weights, losses
+
+
+# Where w goes in the first step, and why it may go there
+WRONG_WEIGHTS = {
+    0.0: "the weights have not moved: optimizer.step() is missing",
+    1.0: "the gradients are summed: divide each loss by the number of micro "
+    "batches",
+    -0.4: "only the last micro batch counts: zero_grad belongs after the "
+    "step, not between the micro batches",
+    -0.4 / 3: "only the last micro batch counts, and it is divided by k: "
+    "zero_grad belongs after the step",
+    1.2: "only the first micro batch counts",
+    0.4: "only the first micro batch counts, and it is divided by k",
+    0.277333: "it steps after each micro batch: one step for all of them",
+    0.528: "it steps after each micro batch: one step for all of them",
+}
+WRONG_LOSSES = {
+    41.0: "this is the sum of the losses, not their mean",
+    4.0: "this is the loss of the last micro batch",
+    4 / 3: "this is the loss of the last micro batch over k",
+}
+
+
+@exercise("trainer.step")
+def check_step(answer):
+    """One optimizer step on several micro batches."""
+    (first, second), (loss, _) = two_steps(answer, 1e9)
+    for value, hint in WRONG_WEIGHTS.items():
+        expect(abs(first - value) > 1e-4, hint)
+    expect_close(
+        first, 1 / 3, "w must go to 0.3333: the mean gradient is -3.33"
+    )
+    expect(
+        abs(second - 0.93333) > 1e-4,
+        "the second step still has the gradient of the first: zero_grad is "
+        "missing",
+    )
+    expect_close(second, 0.6, "the second step is wrong: zero_grad after it?")
+    for value, hint in WRONG_LOSSES.items():
+        expect(abs(loss - value) > 1e-4, hint)
+    expect_close(loss, 41 / 3, "the mean of the three losses is 13.667")
+    clipped = two_steps(answer, 2.0)[0][0]
+    expect(
+        abs(clipped - 1 / 3) > 1e-4,
+        "the gradient has not been clipped before the step",
+    )
+    expect(
+        abs(clipped - 0.2) < 1e-4,
+        f"clipped to 2, w must go to 0.2, not {clipped:.3f}: clip once, after "
+        "the last backward pass",
+    )
+
+
+def make_step(divide=True, zero="after", clip="once", steps=1, total="mean"):
+    """A step with a fault, by which line is wrong."""
+
+    def step(model, optimizer, batches, max_norm):
+        k, losses = len(batches), []
+        for inputs, targets in batches:
+            loss = model(inputs, targets=targets)
+            (loss / k if divide else loss).backward()
+            losses.append(loss.item())
+            if clip == "each":
+                torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            if steps == k or steps == "each":
+                optimizer.step()
+            if zero == "between" and inputs is not batches[-1][0]:
+                optimizer.zero_grad()
+            if steps == "each":
+                optimizer.zero_grad()
+        if clip == "once":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        if steps == 1:
+            optimizer.step()
+        if clip == "late":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        if zero in ("after", "between"):
+            optimizer.zero_grad()
+        return {"mean": sum(losses) / k, "sum": sum(losses)}.get(
+            total, losses[-1]
+        )
+
+    return step
+
+
+for name, hint, fault in (
+    ("not_divided", "divide each loss", dict(divide=False)),
+    ("zeroed_between", "zero_grad belongs after", dict(zero="between")),
+    ("never_zeroed", "zero_grad is missing", dict(zero="never")),
+    ("steps_each_time", "one step for all", dict(steps="each")),
+    ("clipped_late", "not been clipped", dict(clip="late")),
+    ("clipped_each", "clip once", dict(clip="each")),
+    ("sum_of_losses", "the sum of the losses", dict(total="sum")),
+    ("last_loss", "loss of the last", dict(total="last")),
+):
+    answer = make_step(**fault)
+    answer.__name__ = name
+    wrong("trainer.step", hint)(answer)
 
 
 @exercise("trainer.mfu")
@@ -98,44 +224,3 @@ def by_rank(counts):
 def without_ddp(counts):
     total = sum(map(sum, counts))
     return [[count / total for count in own] for own in counts]
-
-
-@exercise("trainer.fit")
-def check_fit(answer):
-    """The largest micro batch that fits and can be shared out."""
-    # 512 rows a step; 20 fit
-    rows = dict(free=20_999, row=1000, tokens=512 * 64, T=64)
-    found = answer(**rows, world_size=1)
-    expect(found * 1000 <= 20_999, f"{found} rows do not fit")
-    expect(found != 20, "20 rows fit, but 512 are no multiple of 20")
-    expect(found == 16, f"{found}: of 512 rows, 16 at once fit")
-    found = answer(**{**rows, "tokens": 96 * 64}, world_size=8)
-    expect(found != 16, "96 rows on 8 ranks are 12 a rank: ask for all ranks")
-    expect(
-        found not in (4, 8),
-        "powers of two are not all: 12 rows a rank fit at once",
-    )
-    expect(found == 12, f"{found}: of 12 rows a rank, 12 at once fit")
-    expect(answer(**rows, world_size=3) == 0, "512 rows on 3 ranks: no such B")
-    expect(
-        answer(999, 1000, 64, 64, 1) == 0, "when not one row fits, return 0"
-    )
-
-
-@wrong("trainer.fit", "no multiple of 20")
-def whatever_fits(free, row, tokens, T, world_size):
-    return free // row
-
-
-@wrong("trainer.fit", "ask for all ranks")
-def one_rank(free, row, tokens, T, world_size):
-    fits = range(1, free // row + 1)
-    return max((B for B in fits if tokens % (B * T) == 0), default=0)
-
-
-@wrong("trainer.fit", "powers of two")
-def halving(free, row, tokens, T, world_size):
-    B = 1 << (free // row).bit_length() >> 1
-    while B and tokens % (B * T * world_size):
-        B //= 2
-    return B

@@ -13,12 +13,13 @@ from llama_tut.tools.options import gradient_accumulation_steps
 in_bytes = EngFormatter("B", places=2)  # 1.6e9 -> "1.60 GB"
 
 
-def activation_bytes(llama, T, dtype, fused=False):
+def activation_bytes(llama, T, dtype, blocks=False):
     """Bytes that one token of one block keeps for the backward pass.
 
     Args:
         llama: a `LlamaConfig`.
-        fused: whether one kernel does the attention.
+        blocks: attention by blocks of queries (chapter 19), not by one
+            kernel, which keeps no weights.
     """
     D, I = llama.hidden_size, llama.intermediate_size
     H, C = llama.num_attention_heads, llama.head_dim
@@ -26,7 +27,7 @@ def activation_bytes(llama, T, dtype, fused=False):
     a, half = dtype.itemsize, dtype.itemsize == 2
     norms = 16 * D + (5 if half else 2) * a * D
     attention = a * (3 * queries + 2 * keys)
-    if not fused:
+    if blocks:
         n = math.ceil(T / max(32, math.ceil(T / 8)))  # blocks of queries
         weights = H * T / n * (6 if half else 4)
         attention = 2 * a * queries + (n + 1) / 2 * (2 * a * keys + weights)
@@ -51,12 +52,18 @@ def plan(config, model, device, dtype):
     llama = model.config
     if hasattr(llama, "num_key_value_heads"):
         V, D = llama.vocab_size, llama.hidden_size
-        fused = half and device.type == "cuda"
-        block = activation_bytes(llama, T, dtype, fused)
-        kept = llama.num_hidden_layers * block + 12 * D
-        parts["activations"] = round(rows * kept)
-        tile = 2**28 if device.type == "cuda" else 2**23
-        parts["head"] = 4 * V * D + 3 * min(tile, 4 * rows * V)
+        # where chapter 19's parts are used
+        cpu, fast = device.type == "cpu", not config.plain
+        blocks = fast and cpu and half
+        tiles = blocks or (fast and device.type == "cuda" and V > 2**14)
+        block = activation_bytes(llama, T, dtype, blocks)
+        parts["activations"] = round(
+            rows * (llama.num_hidden_layers * block + 12 * D)
+        )
+        parts["logits"] = rows * V * (10 if half else 8)
+        if tiles:
+            tile = 2**23 if cpu else 2**28
+            parts["logits"] = 4 * V * D + 3 * min(tile, 4 * rows * V)
     return parts
 
 
@@ -76,7 +83,7 @@ def capacity(device):
 def check(parts, available, where):
     """Refuse a plan that cannot fit. Raises: InputError."""
     total = sum(parts.values())
-    moving = parts.get("activations", 0) + parts.get("head", 0)
+    moving = parts.get("activations", 0) + parts.get("logits", 0)
     advice = "choose a smaller --micro-batch-size"
     if total - moving > available:
         advice = "choose a smaller model, or a larger device"
