@@ -7,7 +7,7 @@ Letters: B batch, T time, V vocabulary, W ranks, N parameters.
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from llama_tut.checkpoint import (
     random_states,
     save_checkpoint,
 )
-from llama_tut.config import LlamaConfig, RopeScaling
 from llama_tut.distributed import (
     micro_step_sync,
     warm_up_ddp_buckets,
@@ -39,22 +38,24 @@ from llama_tut.tools.choice import (
     exchange_contexts,
     read_choices,
 )
+from llama_tut.tools.compilation import compile_model
 from llama_tut.tools.curves import draw_curves, report
 from llama_tut.tools.devices import autocast, matmul_dtype, peak_flops
-from llama_tut.tools.files import InputError, first_line, read_json, require
+from llama_tut.tools.files import InputError, read_json, require
 from llama_tut.tools.options import (
     TrainConfig,
     check_same_run,
     flag,
     gradient_accumulation_steps,
+    llama_config,
 )
 from llama_tut.tools.prepare import DatasetInfo, load_dataset_info
 from llama_tut.tools.ranks import (
     Ranks,
     any_rank,
-    broadcast_object,
     gather_objects,
     mean_over_ranks,
+    on_rank_zero,
     shared_errors,
     start,
     stop,
@@ -78,35 +79,6 @@ from llama_tut.trainer import baseline_losses, evaluate, training_steps
 from llama_tut.weights import save_pretrained
 
 # The model of a run
-
-
-def llama_config(config, info):
-    """The LlamaConfig of a run on this data.
-
-    Raises: InputError when the vocabulary or the context is too small.
-    """
-    multiple = config.vocab_multiple
-    options = {
-        "vocab_size": math.ceil(info.vocab_size / multiple) * multiple,
-        "max_position_embeddings": config.sequence_length,
-        "bos_token_id": info.end_of_text,
-        "eos_token_id": info.end_of_text,
-        **config.model,
-    }
-    if isinstance(options.get("rope_scaling"), dict):
-        options["rope_scaling"] = RopeScaling(**options["rope_scaling"])
-    llama = LlamaConfig(**options)
-    require(
-        llama.vocab_size >= info.vocab_size,
-        f"--vocab-size {llama.vocab_size}: the data has "
-        f"{info.vocab_size} different tokens",
-    )
-    require(
-        llama.max_position_embeddings >= config.sequence_length,
-        f"--sequence-length {config.sequence_length} is longer than "
-        f"--max-position-embeddings {llama.max_position_embeddings}",
-    )
-    return llama
 
 
 def build_llama(config, info):
@@ -140,21 +112,6 @@ class Run:
     say: Callable = print  # one line, on rank 0
 
 
-def on_rank_zero(ranks, function, *arguments):
-    """Call a function on rank 0; all ranks wait, and get its result.
-
-    Raises: the function's InputError, on all ranks.
-    """
-    answer = None
-    with shared_errors(ranks.gloo_group):
-        if ranks.rank == 0:
-            answer = function(*arguments)
-    return broadcast_object(answer, ranks.gloo_group)
-
-
-# Putting the parts together
-
-
 def prepare_run(config, info, ranks, build_model, prepare_model, say):
     """Model, optimizer and data of a run, at its first step or resumed."""
     B, T, device = (
@@ -180,7 +137,10 @@ def prepare_run(config, info, ranks, build_model, prepare_model, say):
     model = build_model(config, info).to(device)
     if prepare_model is not None:
         prepare_model(model, device, dtype)
-    fast = compile_model(model, config, ranks, cast, say)
+    ids = torch.zeros((B, T), dtype=torch.int64, device=device)
+    fast = model
+    if config.compile:
+        fast = compile_model(model, ids, ranks, cast, say)
     wait_for_all(ranks)  # ranks finish compiling at different times
     parallel = wrap(fast, ranks)
     optimizer = build_optimizer(
@@ -190,7 +150,6 @@ def prepare_run(config, info, ranks, build_model, prepare_model, say):
         config.weight_decay,
         (config.beta1, config.beta2),
     )
-    ids = torch.zeros((B, T), dtype=torch.int64, device=device)
     warm_up_ddp_buckets(parallel, ids, ids, cast)
     run = Run(
         config, info, ranks, model, parallel, optimizer, loader, validation,
@@ -201,28 +160,7 @@ def prepare_run(config, info, ranks, build_model, prepare_model, say):
     return run
 
 
-def compile_model(model, config, ranks, autocast, say):
-    """The model compiled, or itself after one line that says why not."""
-    if not config.compile:
-        return model
-    fast, problem = torch.compile(model), None
-    shape = (config.micro_batch_size, config.sequence_length)
-    ids = torch.zeros(shape, dtype=torch.int64, device=ranks.device)
-    try:
-        with autocast():
-            loss = fast(ids, targets=ids)
-        loss.backward()
-    except Exception as error:  # whatever the compiler's tools raise
-        problem = first_line(error)
-    model.zero_grad()
-    problems = list(filter(None, gather_objects(problem, ranks.gloo_group)))
-    if not problems:
-        return fast
-    say(f"not compiled, going on without: {problems[0]}")
-    return model
-
-
-# Better wrong now than at the end
+# Work first, check first
 
 
 def open_what_the_end_needs(run):
@@ -304,15 +242,11 @@ def resume(run):
 
 
 def save(run):
-    """Write a checkpoint; all ranks call it, rank 0 writes."""
-    with shared_errors(run.ranks.gloo_group):
-        check_finite(
-            run.model,
-            run.optimizer,
-            f"step {run.step} is not saved, since it made",
-            "go on from the last checkpoint with --resume and a smaller "
-            "--learning-rate",
-        )
+    """Write a checkpoint; all ranks call it, rank 0 writes.
+
+    Raises: InputError, on all ranks, when it cannot be written or holds a
+        number that is not finite.
+    """
     states = gather_objects(random_states(), run.ranks.gloo_group)
     on_rank_zero(run.ranks, write_checkpoint, run, states)
 
@@ -364,21 +298,25 @@ def measure(run):
     return line
 
 
-def measure_hellaswag(run, examples):
-    """Accuracy by summed log-probability, and its standard error."""
+@contextmanager
+def measuring(run):
+    """The model as it is evaluated: in eval mode, under autocast."""
     run.model.eval()
     with run.autocast():
-        predictions = score(run.model, run.tokenizer, examples)
+        yield run.model
     run.model.train()
-    return accuracy(predictions)
+
+
+def measure_hellaswag(run, examples):
+    """Accuracy by summed log-probability, and its standard error."""
+    with measuring(run) as model:
+        return accuracy(score(model, run.tokenizer, examples))
 
 
 def measure_choice(run, choices):
     """Accuracy on items of continuation choice, and its standard error."""
-    run.model.eval()
-    with run.autocast():
-        scores = choice_scores(run.model, choices, run.info.end_of_text)
-    run.model.train()
+    with measuring(run) as model:
+        scores = choice_scores(model, choices, run.info.end_of_text)
     return choice_accuracy(scores, choices.answers)
 
 
@@ -449,71 +387,7 @@ def write_samples(run):
     path.write_text("\n".join(texts), encoding="utf-8")
 
 
-# The run
-
-
-def announce(config, info, ranks, build_model, say):
-    """Print what will be done and what it needs; refuse what cannot fit."""
-    with torch.device("meta"):  # shapes, no numbers
-        model = build_model(config, info)
-    dtype = matmul_dtype(config.dtype, ranks.device)
-    for line in memory.describe(
-        config, info, model, ranks.world_size, ranks.device, dtype
-    ):
-        say(line)
-
-
-def train(config, build_model=build_llama, prepare_model=None):
-    """Train a model as `config` says; every rank calls this.
-
-    Args:
-        build_model: called with (config, info); gives a model that returns
-            the mean loss when called with ids and `targets`.
-        prepare_model: called with (model, device, dtype) before the first
-            step, to swap fast parts into the model; None leaves it plain.
-
-    Returns: the last line of metrics.jsonl.
-    Raises: InputError for all that the options or the data get wrong.
-    """
-    for name in ("data", "out"):
-        require(
-            getattr(config, name), f"{flag(name)} is missing: name a folder"
-        )
-    info = load_dataset_info(config.data)
-    ranks = start(config.device)
-    say = partial(print0, ranks.rank)
-    lock = nullcontext()
-    try:
-        announce(config, info, ranks, build_model, say)
-        with shared_errors():  # rank 0 holds the folder for all ranks
-            if ranks.rank == 0:
-                lock = lock_folder(Path(config.out), config.resume)
-        with lock, stop_signals() as signals:
-            run = prepare_run(
-                config, info, ranks, build_model, prepare_model, say
-            )
-            open_what_the_end_needs(run)
-            on_rank_zero(ranks, open_recorder, run)
-            ended = run_steps(run, signals)
-            return on_rank_zero(ranks, finish, run, ended)
-    finally:
-        stop()
-
-
-def open_recorder(run):
-    """Rank 0: note how the run was started, and open its metrics."""
-    run.recorder = Recorder(
-        Path(run.config.out),
-        {
-            "config": asdict(run.config),
-            "command": sys.argv,
-            "torch": torch.__version__,
-            "data": asdict(run.info),
-            "choice": run.baselines,
-        },
-        run.step,
-        run.config.steps,
-    )
+# The whole run
 
 
 def run_steps(run, signals):
@@ -570,3 +444,67 @@ def speed(run, seconds):
         flops = rate * run.model.flops_per_token(config.sequence_length)
         line["mfu"] = flops / (peak * run.ranks.world_size)
     return line
+
+
+def open_recorder(run):
+    """Rank 0: note how the run was started, and open its metrics."""
+    run.recorder = Recorder(
+        Path(run.config.out),
+        {
+            "config": asdict(run.config),
+            "command": sys.argv,
+            "torch": torch.__version__,
+            "data": asdict(run.info),
+            "choice": run.baselines,
+        },
+        run.step,
+        run.config.steps,
+    )
+
+
+def announce(config, info, ranks, build_model, say):
+    """Print what will be done and what it needs; refuse what cannot fit."""
+    with torch.device("meta"):  # shapes, no numbers
+        model = build_model(config, info)
+    dtype = matmul_dtype(config.dtype, ranks.device)
+    for line in memory.describe(
+        config, info, model, ranks.world_size, ranks.device, dtype
+    ):
+        say(line)
+
+
+def train(config, build_model=build_llama, prepare_model=None):
+    """Train a model as `config` says; every rank calls this.
+
+    Args:
+        build_model: called with (config, info); gives a model that returns
+            the mean loss when called with ids and `targets`.
+        prepare_model: called with (model, device, dtype) before the first
+            step, to swap fast parts into the model; None leaves it plain.
+
+    Returns: the last line of metrics.jsonl.
+    Raises: InputError for all that the options or the data get wrong.
+    """
+    for name in ("data", "out"):
+        require(
+            getattr(config, name), f"{flag(name)} is missing: name a folder"
+        )
+    info = load_dataset_info(config.data)
+    ranks = start(config.device)
+    say = partial(print0, ranks.rank)
+    lock = nullcontext()
+    try:
+        announce(config, info, ranks, build_model, say)
+        with shared_errors():  # rank 0 holds the folder for all ranks
+            if ranks.rank == 0:
+                lock = lock_folder(Path(config.out), config.resume)
+        with lock, stop_signals() as signals:
+            run = prepare_run(
+                config, info, ranks, build_model, prepare_model, say
+            )
+            open_what_the_end_needs(run)
+            on_rank_zero(ranks, open_recorder, run)
+            ended = run_steps(run, signals)
+            return on_rank_zero(ranks, finish, run, ended)
+    finally:
+        stop()

@@ -5,6 +5,7 @@ Letters: B batch, T time, W ranks, k micro batches of a step.
 """
 
 import math
+import time
 from contextlib import nullcontext
 
 import torch

@@ -12,13 +12,14 @@ from training_setup import OPTIONS, losses, metrics, tiny_data
 
 from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
-from llama_tut.pretraining import build_llama, llama_config, train
+from llama_tut.pretraining import build_llama, train
 from llama_tut.tools.choice import (
     read_choices,
 )
 from llama_tut.tools.files import InputError
 from llama_tut.tools.options import (
     configure,
+    llama_config,
 )
 from llama_tut.tools.prepare import load_dataset_info, prepare
 from llama_tut.tools.ranks import Ranks

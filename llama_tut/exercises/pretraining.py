@@ -3,6 +3,69 @@
 from llama_tut.exercises import exercise, expect, wrong
 
 
+@exercise("pretraining.plan")
+def check_plan(answer):
+    """Bytes of N parameters, and the largest N that fits."""
+    found = answer(1000, 16_000, False)
+    expect(
+        isinstance(found, tuple | list) and len(found) == 2,
+        "return two numbers: the bytes of N, and the largest N",
+    )
+    needed, largest = found
+    for value, hint in (
+        (12_000, "AdamW has two averages, a mean of the gradient and a mean of "
+         "its square: 8 bytes"),
+        (8_000, "weights and gradients are half of it: the averages are "
+         "missing"),
+        (4_000, "this is the weight alone: gradient and averages are missing"),
+        (10_000, "all four are float32: 4 bytes each, not 2"),
+        (18_000, "without autocast there are no bfloat16 copies"),
+    ):  # fmt: skip
+        expect(needed != value, hint)
+    expect(
+        needed == 16_000, f"1,000 parameters take 16,000 bytes, not {needed}"
+    )
+    half, most = answer(1000, 100_000, True)
+    expect(half != 16_000, "with autocast there is a bfloat16 copy of each")
+    expect(half != 20_000, "the copy is bfloat16: 2 bytes")
+    expect(half != 12_000 and half != 10_000, "the float32 weights stay")
+    expect(half == 18_000, f"with autocast it is 18,000 bytes, not {half}")
+    expect(
+        largest == 1000, f"16,000 bytes hold 1,000 parameters, not {largest}"
+    )
+    expect(most != 5556, "5,556 parameters do not fit: round down")
+    expect(most == 5555, f"100,000 bytes hold 5,555 parameters, not {most}")
+
+
+@wrong("pretraining.plan", "AdamW has two averages")
+def one_average(N, room, half):
+    each = 12 + 2 * half
+    return each * N, room // each
+
+
+@wrong("pretraining.plan", "gradient and averages")
+def weights_only(N, room, half):
+    return 4 * N, room // 4
+
+
+@wrong("pretraining.plan", "the float32 weights stay")
+def all_in_bfloat16(N, room, half):
+    each = 10 if half else 16
+    return each * N, room // each
+
+
+@wrong("pretraining.plan", "the copy is bfloat16")
+def copy_in_float32(N, room, half):
+    each = 16 + 4 * half
+    return each * N, room // each
+
+
+@wrong("pretraining.plan", "round down")
+def rounded_up(N, room, half):
+    each = 16 + 2 * half
+    return each * N, -(-room // each)
+
+
 @exercise("pretraining.fit")
 def check_fit(answer):
     """The largest micro batch that fits and can be shared out."""

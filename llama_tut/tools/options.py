@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from llama_tut.config import LlamaConfig, option
+from llama_tut.config import LlamaConfig, RopeScaling, option
 from llama_tut.tools.choice import ITEM_TOKENS
 from llama_tut.tools.files import InputError, read_json, require
 
@@ -275,3 +275,32 @@ def check_same_run(path, before, after, names):
             f"cannot resume {path}: {name} was {was}, now it is {now}; "
             "give the old value, or start a new run with another --out",
         )
+
+
+def llama_config(config, info):
+    """The LlamaConfig of a run on this data.
+
+    Raises: InputError when the vocabulary or the context is too small.
+    """
+    multiple = config.vocab_multiple
+    options = {
+        "vocab_size": math.ceil(info.vocab_size / multiple) * multiple,
+        "max_position_embeddings": config.sequence_length,
+        "bos_token_id": info.end_of_text,
+        "eos_token_id": info.end_of_text,
+        **config.model,
+    }
+    if isinstance(options.get("rope_scaling"), dict):
+        options["rope_scaling"] = RopeScaling(**options["rope_scaling"])
+    llama = LlamaConfig(**options)
+    require(
+        llama.vocab_size >= info.vocab_size,
+        f"--vocab-size {llama.vocab_size}: the data has "
+        f"{info.vocab_size} different tokens",
+    )
+    require(
+        llama.max_position_embeddings >= config.sequence_length,
+        f"--sequence-length {config.sequence_length} is longer than "
+        f"--max-position-embeddings {llama.max_position_embeddings}",
+    )
+    return llama
