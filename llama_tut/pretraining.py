@@ -1,5 +1,5 @@
 # From notebooks/18_pretraining.ipynb by scripts/export.py: edit the notebook.
-"""Pretraining: a whole run, from its options to a folder that can be taken away.
+"""Pretraining: a whole run, from options to a folder that can be taken away.
 
 Letters: B batch, T time, V vocabulary, W ranks, N parameters.
 """
@@ -20,13 +20,9 @@ from llama_tut.checkpoint import (
     random_states,
     save_checkpoint,
 )
-from llama_tut.distributed import (
-    micro_step_sync,
-    warm_up_ddp_buckets,
-    wrap,
-)
+from llama_tut.distributed import micro_step_sync, warm_up_ddp_buckets, wrap
 from llama_tut.generate import generate
-from llama_tut.hellaswag import accuracy, read_examples, score
+from llama_tut.hellaswag import accuracy, read_examples, score, score_rows
 from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer, learning_rate_at
@@ -106,6 +102,7 @@ class Run:
     tokenizer: object = None  # of transformers, where it is needed
     prompt: list = field(default_factory=list)  # ids that samples begin with
     examples: list | None = None  # of HellaSwag
+    score_batch: Callable = score_rows  # how they are scored
     choices: Choices | None = None
     baselines: dict = field(default_factory=dict)  # of the choices
     recorder: Recorder | None = None  # on rank 0
@@ -310,7 +307,10 @@ def measuring(run):
 def measure_hellaswag(run, examples):
     """Accuracy by summed log-probability, and its standard error."""
     with measuring(run) as model:
-        return accuracy(score(model, run.tokenizer, examples))
+        predictions = score(
+            model, run.tokenizer, examples, score_batch=run.score_batch
+        )
+    return accuracy(predictions)
 
 
 def measure_choice(run, choices):
@@ -473,7 +473,12 @@ def announce(config, info, ranks, build_model, say):
         say(line)
 
 
-def train(config, build_model=build_llama, prepare_model=None):
+def train(
+    config,
+    build_model=build_llama,
+    prepare_model=None,
+    score_batch=score_rows,
+):
     """Train a model as `config` says; every rank calls this.
 
     Args:
@@ -481,6 +486,7 @@ def train(config, build_model=build_llama, prepare_model=None):
             the mean loss when called with ids and `targets`.
         prepare_model: called with (model, device, dtype) before the first
             step, to swap fast parts into the model; None leaves it plain.
+        score_batch: how HellaSwag's rows are scored.
 
     Returns: the last line of metrics.jsonl.
     Raises: InputError for all that the options or the data get wrong.
@@ -502,6 +508,7 @@ def train(config, build_model=build_llama, prepare_model=None):
             run = prepare_run(
                 config, info, ranks, build_model, prepare_model, say
             )
+            run.score_batch = score_batch
             open_what_the_end_needs(run)
             on_rank_zero(ranks, open_recorder, run)
             ended = run_steps(run, signals)

@@ -16,6 +16,7 @@ from types import UnionType
 from typing import get_args
 
 from llama_tut.config import LlamaConfig, RopeScaling
+from llama_tut.fast.scoring import score_packed
 from llama_tut.fast.training import speed_up
 from llama_tut.pretraining import train
 from llama_tut.tools.cli import Parser, run
@@ -82,7 +83,8 @@ def build_parser():
 def main():
     try:
         config = configure(vars(build_parser().parse_args()))
-        train(config, prepare_model=None if config.plain else speed_up)
+        fast = {"prepare_model": speed_up, "score_batch": score_packed}
+        train(config, **({} if config.plain else fast))
     except InputError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # rank 0 says it; torchrun then ends us

@@ -1,13 +1,16 @@
 """A whole run, in this process: what it leaves, resume, faults."""
 
+import hashlib
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training_setup import OPTIONS, losses, metrics, tiny_data
 
 from llama_tut.loader import ShardLoader
@@ -294,3 +297,177 @@ def test_choice_refuses_before_training(config, stories):
     with pytest.raises(InputError, match="has only [1-9]"):
         train(replace(config, choice=10**6, data=str(stories)))
     assert not (Path(config.out) / "metrics.jsonl").exists()
+
+
+def failing(how, passes):
+    """A builder of models that go wrong in one of their training passes."""
+
+    class Model(LlamaForCausalLM):
+        done = 0
+
+        def forward(self, *args, **kwargs):
+            loss = super().forward(*args, **kwargs)
+            if not (self.training and torch.is_grad_enabled()):
+                return loss
+            self.done += 1
+            if self.done != passes:
+                return loss
+            if how == "infinite loss":
+                return loss + math.inf
+            loss.register_hook(lambda gradient: gradient * math.nan)
+            return loss  # finite
+
+    return lambda config, info: Model(llama_config(config, info))
+
+
+def all_finite(folder):
+    files = list(Path(folder).rglob("*.safetensors"))
+    tensors = [t for file in files for t in load_file(file).values()]
+    assert files
+    return all(t.isfinite().all() for t in tensors if t.is_floating_point())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", ["gradient of NaN", "infinite loss"])
+def test_what_is_broken_is_never_saved(config, monkeypatch, how, compiled):
+    """One bad micro batch of eight, at a step where a checkpoint is due."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    config = replace(
+        config, checkpoint_every=1, keep_checkpoints=1, compile=compiled
+    )
+    build = failing(how, 8 * 3 + 5 + compiled)  # compiling tries one batch
+    words = "at step 4, which was not taken: .* --resume .* --learning-rate"
+    with pytest.raises(InputError, match=words):
+        train(config, build)
+    out = Path(config.out)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [
+        "step_00000003"
+    ]
+    assert all_finite(out) and not (out / "model").exists()
+    assert list(losses(out)) == [1, 2, 3]
+    train(replace(config, resume=True, learning_rate=1e-3, samples=0))
+    assert list(losses(out)) == list(range(1, 17)) and all_finite(out)
+
+
+def test_a_bad_last_step_exports_nothing(config):
+    config = replace(config, steps=2, checkpoint_every=0)
+    with pytest.raises(InputError, match="at step 2, which was not taken"):
+        train(config, failing("gradient of NaN", 16))
+    assert not (Path(config.out) / "model").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
+    """Loss and gradient were finite; the step itself made an infinity."""
+    step = torch.optim.AdamW.step
+
+    def overflow(self, closure=None):
+        step(self)
+        if pretraining_steps.count("x") == 5:
+            with torch.no_grad():
+                self.param_groups[0]["params"][-1].fill_(math.inf)
+        pretraining_steps.append("x")
+
+    pretraining_steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    config = replace(config, checkpoint_every=2)
+    with pytest.raises(InputError, match="not finite at step 6"):
+        train(config)
+    out = Path(config.out)
+    kept = [p.name for p in sorted((out / "checkpoints").iterdir())]
+    assert kept == ["step_00000002", "step_00000004"]
+    assert all_finite(out) and not (out / "model").exists()
+
+
+def test_an_old_checkpoint_of_nan_is_not_resumed(config):
+    """As versions before this one wrote it: valid by its checksums."""
+    with pytest.raises(Crash):
+        train(config, crashing(8 * 5))
+    folder = Path(config.out) / "checkpoints" / "step_00000004"
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / "model.safetensors").read_bytes()
+    manifest["files"]["model.safetensors"] = {
+        "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="NaN or infinity .* delete"):
+        train(replace(config, resume=True))
+
+
+def test_a_folder_of_somebody_else_is_not_touched(config):
+    out = Path(config.out)
+    (out / "model").mkdir(parents=True)
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    (out / "model" / "model.safetensors").write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(InputError, match="holds no training run"):
+            train(replace(config, resume=resume))
+    found = {path.name for path in out.rglob("*")} - {".lock"}
+    assert found == {"config.json", "model", "model.safetensors"}
+    assert (out / "model" / "model.safetensors").read_text() == "precious"
+
+
+def test_a_failed_start_does_not_block_the_folder(config):
+    config = replace(config, sequence_length=128, steps=1, samples=0)
+    with pytest.raises(InputError, match="tpyo"):
+        train(replace(config, hellaswag="tpyo.jsonl"))
+    assert not (Path(config.out) / "metrics.jsonl").exists()
+    assert train(config)["step"] == 1
+
+
+def damaged_tokenizer(data, tmp_path, how):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    path = copy / "tokenizer" / "tokenizer_config.json"
+    if how == "cut":
+        path.write_text("{")
+    else:
+        settings = json.loads(path.read_text())
+        settings["tokenizer_class"] = "QWenTokenizer"
+        settings["auto_map"] = {
+            "AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]
+        }
+        path.write_text(json.dumps(settings))
+    return str(copy)
+
+
+@pytest.mark.parametrize("how", ["cut", "auto_map"])
+def test_a_tokenizer_is_opened_before_the_first_step(
+    config, data, tmp_path, how
+):
+    folder = damaged_tokenizer(data, tmp_path, how)
+    try:
+        train(replace(config, data=folder, steps=1))
+    except InputError as error:
+        assert "tokenizer" in str(error) and "\n" not in str(error)
+        assert not (Path(config.out) / "metrics.jsonl").exists()
+    else:  # transformers knew what to do without asking
+        assert (Path(config.out) / "model").is_dir()
+
+
+def test_a_prompt_is_encoded_before_the_first_step(config):
+    for prompt, words in (("caf\udce9", "UTF-8"), ("word " * 99, "--prompt")):
+        with pytest.raises(InputError, match=words):
+            train(replace(config, prompt=prompt))
+        assert not (Path(config.out) / "metrics.jsonl").exists()
+
+
+def test_a_run_of_another_version(config):
+    with pytest.raises(Crash):
+        train(config, crashing(8 * 5))
+    path = Path(config.out) / "config.json"
+    about = json.loads(path.read_text())
+    del about["config"]["plain"], about["config"]["choice"]
+    path.write_text(json.dumps(about))
+    again = configure({"out": config.out, "resume": True})
+    assert again == replace(config, resume=True)
+    about["config"]["flux"] = 3
+    path.write_text(json.dumps(about))
+    with pytest.raises(InputError, match="--flux, which this version does"):
+        configure({"out": config.out, "resume": True})
+    for text in ("[" * 100_000, "[]", '{"config": 3}'):
+        path.write_text(text)
+        with pytest.raises(InputError) as error:
+            configure({"out": config.out, "resume": True})
+        assert "\n" not in str(error.value)

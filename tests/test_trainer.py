@@ -1,10 +1,16 @@
 """One step, the loop, validation."""
 
+import math
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from training_setup import OPTIONS, tiny_data
 
+from llama_tut.config import LlamaConfig
 from llama_tut.loader import ShardLoader
+from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
 from llama_tut.pretraining import build_llama
 from llama_tut.tools.options import (
@@ -12,7 +18,7 @@ from llama_tut.tools.options import (
 )
 from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.ranks import Ranks
-from llama_tut.trainer import evaluate, train_step
+from llama_tut.trainer import evaluate, train_step, training_steps
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
@@ -74,3 +80,83 @@ def test_validation_depends_neither_on_batch_nor_on_ranks(config, data):
         assert tokens == rows * 32
         assert losses / tokens == pytest.approx(expected, abs=1e-5)
     assert model.training
+
+
+def broken(value):
+    """A model whose gradient holds one `value`; the loss is finite."""
+    model = LlamaForCausalLM(LlamaConfig(64, 32, 48, 2, 2))
+    model.model.norm.weight.register_hook(lambda g: g * value)
+    return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_not_taken(value):
+    model = broken(value)
+    optimizer = build_optimizer(model, "adamw", 1e-2)
+    rows = torch.randint(64, (2, 17))
+    batches = [(row[None, :-1], row[None, 1:]) for row in rows]
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match="the gradient's norm"):
+        train_step(model, optimizer, batches)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not optimizer.state and model.model.norm.weight.grad is None
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_all_ranks_refuse_what_one_of_them_has(bad):
+    """The mean over ranks is not finite if one of two ranks is not."""
+    model = LlamaForCausalLM(LlamaConfig(64, 32, 48, 2, 2))
+    optimizer = build_optimizer(model, "adamw", 1e-2)
+    rows = torch.randint(64, (2, 17))
+    other = torch.tensor([4.0, 1.0])  # loss and norm of the other rank
+    other[bad] = math.nan
+    with pytest.raises(FloatingPointError):
+        train_step(
+            model, optimizer, [(rows[:, :-1], rows[:, 1:])],
+            mean=lambda own: (own + other) / 2,
+        )  # fmt: skip
+    assert not optimizer.state
+
+
+def test_a_step_passes_through_few_functions():
+    """From train_step to the matrix products: at most 12 of our own."""
+    model = LlamaForCausalLM(LlamaConfig(64, 32, 48, 2, 2))
+    optimizer = build_optimizer(model, "adamw", 1e-2)
+    rows = torch.randint(64, (2, 17))
+    found = set()
+
+    def note(frame, event, argument):
+        code = frame.f_code
+        attribute = code.co_name == "output_weight"  # a property
+        ours = "llama_tut" in code.co_filename and not attribute
+        if event == "call" and ours:
+            found.add((Path(code.co_filename).name, code.co_qualname))
+
+    sys.setprofile(note)
+    try:
+        train_step(model, optimizer, [(rows[:, :-1], rows[:, 1:])])
+    finally:
+        sys.setprofile(None)
+    files = {name for name, _ in found}
+    print(f"{len(found)} functions in {len(files)} files:")
+    print("\n".join(f"  {file}: {name}" for file, name in sorted(found)))
+    assert len(found) <= 12
+
+
+def test_the_loop_takes_the_steps_that_it_is_asked_for():
+    model = LlamaForCausalLM(LlamaConfig(64, 32, 48, 2, 2))
+    optimizer = build_optimizer(model, "adamw", 1e-2)
+    given = []
+
+    def next_batch():
+        rows = torch.randint(64, (2, 17))
+        given.append(rows)
+        return rows[:, :-1], rows[:, 1:]
+
+    loop = training_steps(
+        model, optimizer, next_batch, lambda step: 0.1 * step, 7, first=4, k=3
+    )
+    lines = list(loop)
+    assert [line["step"] for line in lines] == [5, 6, 7]
+    assert [line["lr"] for line in lines] == pytest.approx([0.4, 0.5, 0.6])
+    assert len(given) == 9 and optimizer.param_groups[0]["lr"] == 0.1 * 6

@@ -307,3 +307,27 @@ def test_full_disk_is_one_line(data, tmp_path):
         assert f"resumed at step {int(left[-1].name[5:])}" in said
     finally:
         subprocess.run(["umount", str(disk)])
+
+
+@pytest.mark.parametrize("how", ["reader goes away", "closed"])
+def test_a_closed_stdout_does_not_end_a_run(data, tmp_path, how):
+    """`train.py | head -1` and `train.py >&-` train to the end."""
+    out = tmp_path / "run"
+    options = flags({"data": data, "out": out, **OPTIONS, "steps": 4})
+    script = f"{sys.executable} {ROOT / 'scripts' / 'train.py'}"
+    pipe = "| head -1" if how == "reader goes away" else ">&-"
+    line = f"set -o pipefail; {script} {' '.join(options)} {pipe}"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (out / "model").is_dir() and len(metrics(out)) == 4
+
+
+def test_a_locale_without_utf_8(data, tmp_path):
+    out = tmp_path / "run"
+    options = {"data": data, "out": out, **OPTIONS, "steps": 2}
+    where = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    code, _, err = finish(start(options, **where))
+    assert (code, err) == (0, "")
+    assert (out / "model").is_dir() and (out / "samples.txt").is_file()

@@ -275,8 +275,9 @@ def test_plain(monkeypatch, data, tmp_path):
         line = flags({"data": data, "out": tmp_path / "run"})
         monkeypatch.setattr(sys, "argv", ["train.py", *line, *extra])
         runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
-    fast, plain = (how["prepare_model"] for how in given)
-    assert fast.__name__ == "speed_up" and plain is None
+    fast, plain = given
+    assert fast["prepare_model"].__name__ == "speed_up"
+    assert fast["score_batch"].__name__ == "score_packed" and not plain
 
 
 def test_fast_parts_are_swapped_in(data, tmp_path):

@@ -29,6 +29,9 @@ def run(main):
 
     A reader that goes away, as in `script | head`, ends it quietly.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a locale without UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if sys.stdout is not None:
