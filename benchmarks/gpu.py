@@ -24,7 +24,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from llama_tut.tools.files import read_json, read_jsonl, write_json
+from llama_tut.tools.files import (
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 from llama_tut.tools.machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,9 +40,10 @@ ROOT = Path(__file__).resolve().parent.parent
 class Part:
     """Where a part writes, how large it may be, and how long it may take."""
 
-    def __init__(self, name, out, seconds, tiny, model):
+    def __init__(self, name, out, seconds, tiny, model=None, data=None):
         self.path = Path(out) / f"gpu_{name}.json"
-        self.out, self.tiny, self.model = Path(out), tiny, model
+        self.out, self.tiny = Path(out), tiny
+        self.model, self.data = model, data
         self.end = time.monotonic() + seconds
         cuda = torch.cuda.is_available() and not tiny
         self.device = torch.device("cuda" if cuda else "cpu")
@@ -538,11 +544,33 @@ def run(part):
     shutil.copy(folder / "curves.png", part.out / "gpu_run.png")
 
 
+def docstrings(part):
+    """A text file with the docstrings of PyTorch and of Python itself.
+
+    The default corpus reads more packages; an image may not have them all.
+    """
+    from llama_tut.tools.corpora import python_files, read_docstrings
+
+    files = list(python_files(Path(torch.__file__).parent, "torch"))
+    files += python_files(Path(os.__file__).parent, "python")
+    texts = dict.fromkeys(text for _, text in read_docstrings(files))
+    path = part.out / "docstrings.jsonl"
+    write_jsonl(path, ({"text": text} for text in texts))
+    return path
+
+
 def corpus(part):
-    """The default corpus, and options of a run that fits into the time."""
-    data = part.out / "docs"
+    """A data folder, and options of a run that fits into the time."""
     began = time.monotonic()
-    run_script(part, "prepare.py", "--vocab-size", 4096, "--out", data)
+    data = Path(part.data or part.out / "docs").absolute()
+    if not part.data:
+        options = ("--vocab-size", 4096, "--out", data)
+        try:
+            run_script(part, "prepare.py", *options)
+        except RuntimeError as error:
+            part.record("without the default corpus", str(error))
+            text = docstrings(part)
+            run_script(part, "prepare.py", "--corpus", text, *options)
     part.record("seconds to prepare", time.monotonic() - began)
     shape = (
         *("--hidden-size", 512, "--intermediate-size", 1408),
@@ -596,7 +624,8 @@ def run_part(name, seconds, args):
     path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--part", name, "--out", args.out]
     command += ["--seconds", seconds] + ["--tiny"] * args.tiny
-    command += ["--model", args.model] * bool(args.model)
+    for option, value in (("--model", args.model), ("--data", args.data)):
+        command += [option, value] if value else []
     began = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -633,6 +662,7 @@ def main():
     add("--tiny", action="store_true", help="every part, on a CPU")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS))
     add("--model", help="folder with SmolLM2; without it, random weights")
+    add("--data", help="folder of scripts/prepare.py, for the real run")
     add("--seconds", type=float, default=TOTAL, help="of all parts together")
     add("--part", choices=PARTS, help="run one part in this process")
     args = parser.parse_args()
@@ -640,7 +670,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part:
         measure = PARTS[args.part][0]
-        measure(Part(args.part, args.out, args.seconds, args.tiny, args.model))
+        limits = args.out, args.seconds, args.tiny
+        measure(Part(args.part, *limits, args.model, args.data))
         return
     ends = time.monotonic() + args.seconds
     for name in args.only:

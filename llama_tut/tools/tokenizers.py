@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llama_tut.tools.files import (
@@ -132,6 +131,8 @@ def tokenizer_from_ranks(ranks):
 
 def load_tiktoken():
     """tiktoken's GPT-2 encoding, from its cache or from the network."""
+    import tiktoken  # a machine that only trains need not have it
+
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # every error of `requests` is one

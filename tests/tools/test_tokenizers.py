@@ -99,7 +99,7 @@ def test_no_gpt2_and_no_network(monkeypatch):
     def fail(name):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", fail)
+    monkeypatch.setattr("tiktoken.get_encoding", fail)
     with pytest.raises(InputError, match="TIKTOKEN_CACHE_DIR"):
         tokenizers.load_tiktoken()
 
