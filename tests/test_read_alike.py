@@ -8,7 +8,11 @@ benchmarks/read_alike.py).
 import json
 import shutil
 import sys
-from importlib.util import find_spec
+from importlib.util import (
+    find_spec,
+    module_from_spec,
+    spec_from_file_location,
+)
 from pathlib import Path
 
 import pytest
@@ -18,8 +22,9 @@ from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import read_alike  # noqa: E402
+SPEC = spec_from_file_location("read_alike", ROOT / "benchmarks/read_alike.py")
+read_alike = module_from_spec(SPEC)
+SPEC.loader.exec_module(read_alike)
 
 RESULT = json.loads((ROOT / "benchmarks/results/read_alike.json").read_text())
 ROWS = RESULT["continuations"]

@@ -123,19 +123,24 @@ def cache_folder():
     return Path(given).expanduser().absolute()
 
 
+# Marks a folder that may be deleted: we made it.
+NOTE = ".llama_tut-building"
+
+
 def build_locked(cache, name, build):
     """Let `build` fill a scratch folder, then rename it to cache/name."""
     from filelock import FileLock
 
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):
-        for left in cache.glob("building-*"):  # by a process that died
-            shutil.rmtree(left)
+        for left in cache.glob("building-*/" + NOTE):  # a process died here
+            shutil.rmtree(left.parent)
         if (cache / name).exists():  # built while we waited for the lock
             return
         with tempfile.TemporaryDirectory(
             prefix="building-", dir=cache
         ) as scratch:
+            (Path(scratch) / NOTE).touch()
             new = Path(scratch) / name
             new.mkdir()
             build(new)
@@ -242,6 +247,19 @@ def refuse_run(path):
     )
 
 
+def find_local(path):
+    """The model folder or GGUF file at `path`, or None if nothing is there."""
+    refuse_run(path)
+    if (path / "config.json").is_file():
+        return path
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return from_gguf(gguf)
+    require(not path.is_dir(), f"{path} holds no config.json and no GGUF")
+    require(not path.is_file(), f"{path} is no GGUF; name a model's folder")
+    return None
+
+
 def find_pretrained(name=None):
     """A folder with config.json, safetensors and the tokenizer's files.
 
@@ -256,14 +274,12 @@ def find_pretrained(name=None):
     if name is None:
         return build_once(DEFAULT_MODEL, build_default)
     path = Path(name).expanduser()
-    refuse_run(path)
-    if (path / "config.json").is_file():
-        return path
-    gguf = find_gguf(path)
-    if gguf is not None:
-        return from_gguf(gguf)
-    require(not path.is_dir(), f"{path} holds no config.json and no GGUF")
-    require(not path.is_file(), f"{path} is no GGUF; name a model's folder")
+    try:
+        found = find_local(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    if found is not None:
+        return found
     outside = path.is_absolute() or str(name).startswith((".", "~"))
     require(not outside, f"there is no folder {path}")
     return from_hub(str(name))

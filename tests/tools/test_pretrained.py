@@ -84,6 +84,9 @@ def test_two_processes_build_once(cache, tmp_path):
 def test_a_failed_build_leaves_nothing(cache):
     left = cache / "building-of-a-killed-process"
     left.mkdir(parents=True)
+    (left / pretrained.NOTE).touch()
+    plans = cache / "building-plans"  # a neighbour's, without our note
+    plans.mkdir()
 
     def build(folder):
         (folder / "half").write_text("")
@@ -91,7 +94,8 @@ def test_a_failed_build_leaves_nothing(cache):
 
     with pytest.raises(InputError, match="No space left"):
         pretrained.build_once("m", build)
-    assert [path.name for path in cache.iterdir()] == ["lock"]
+    names = sorted(path.name for path in cache.iterdir())
+    assert names == ["building-plans", "lock"]
 
 
 def test_a_cache_that_cannot_be_written(cache):
@@ -177,6 +181,16 @@ def test_a_run_is_told_from_its_model(tmp_path):
         with pytest.raises(InputError, match=f"take {run / 'model'}"):
             find_pretrained(place)
     assert find_pretrained(run / "model") == run / "model"
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pretrained, "find_gguf", refuse)
+    with pytest.raises(InputError, match="Permission denied") as error:
+        find_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_prepared_data_is_no_model(tmp_path):
