@@ -20,11 +20,7 @@ from llama_tut.tools.requests import (
 
 
 class LayerCache:
-    """Keys and values of one layer, in memory that is taken once.
-
-    Args:
-        shape: (B, K, capacity, C), for the keys and again for the values.
-    """
+    """Keys and values of one layer, each of shape (B, K, capacity, C)."""
 
     def __init__(self, shape, dtype=None, device=None):
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -32,11 +28,7 @@ class LayerCache:
         self.length = 0
 
     def update(self, k, v):
-        """Append k, v [B, K, T, C] -> views of all so far, [B, K, S, C].
-
-        Raises:
-            ValueError: the cache is full.
-        """
+        """Append k, v [B, K, T, C] -> views of all so far, [B, K, S, C]."""
         start, end = self.length, self.length + k.shape[2]
         if end > self.keys.shape[2]:
             room = self.keys.shape[2]
@@ -51,8 +43,7 @@ class KVCache(list):
     """One `LayerCache` a layer: what `LlamaForCausalLM` takes as `cache`.
 
     Args:
-        config: a `LlamaConfig`.
-        batch_size: B.
+        config: a `LlamaConfig`; batch_size: B.
         capacity: the largest number of tokens that a row may reach.
     """
 
@@ -112,10 +103,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
     """The next token of each row: logits [B, V] -> ids [B].
 
-    Temperature 0 takes the likeliest token.
-
-    Raises:
-        InputError: a logit is NaN or infinite.
+    Temperature 0 takes the likeliest. Raises InputError at a NaN logit.
     """
     check_finite(logits)
     if temperature == 0:
@@ -141,12 +129,8 @@ def left_pad(prompts, pad_id=0):
 def padded_positions(attention_mask, start=0):
     """Positions and mask of the queries start .. S of left-padded rows.
 
-    Args:
-        attention_mask: [B, S], True where a token stands, False at padding.
-
-    Returns:
-        position_ids [B, T], which count tokens only, and the mask
-        [B, 1, T, S], True where the query may read. Padding reads itself.
+    attention_mask [B, S], True at tokens -> position_ids [B, T], which count
+    tokens only, and the mask [B, 1, T, S], True where the query may read.
     """
     S = attention_mask.shape[1]
     counted = (attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
@@ -237,17 +221,14 @@ def generate(model, input_ids, max_new_tokens=100, **options):
 
 
 def prompt_lookup(text, ahead, size=3):
-    """Guess what follows from what followed the same tokens before.
-
-    Source: Saxena, 2023, prompt lookup decoding.
+    """Guess what follows from what followed the newest tokens before.
 
     Args:
-        text: a list of ids.
-        ahead: how many ids to guess.
+        text: a list of ids; ahead: how many ids to guess.
         size: how many of the newest tokens must have occurred before.
 
     Returns:
-        A list of `ahead` ids; an empty one if they never occurred.
+        A list of `ahead` ids, or an empty one. Source: Saxena, 2023.
     """
     for start in range(len(text) - size - 1, -1, -1):
         if text[start : start + size] == text[-size:]:
@@ -257,12 +238,7 @@ def prompt_lookup(text, ahead, size=3):
 
 
 class Reader:
-    """A model and the one row of text that it has read so far.
-
-    Args:
-        model: a `LlamaForCausalLM`.
-        capacity: the most tokens that it may hold.
-    """
+    """A model and one row of text that it read, `capacity` tokens at most."""
 
     def __init__(self, model, capacity):
         weight = model.output_weight
@@ -288,18 +264,14 @@ class Reader:
 
 
 def speculate(reader, prompt, ahead=16):
-    """Yield the greedy continuation, one list of ids for each pass.
+    """Yield the greedy continuation, a list of ids for each pass, without end.
 
     Source: Leviathan et al., 2022 (arXiv 2211.17192), the greedy case.
 
     Args:
         reader: an empty `Reader`, with room for `ahead` + 1 tokens more than
-            are taken.
-        prompt: a list of ids.
+            are taken; prompt: a list of ids.
         ahead: the most tokens that are guessed in a round.
-
-    Yields:
-        A list of 1 id, then lists of 1 to `ahead` + 1, without end.
     """
     text, unread, guesses = list(prompt), list(prompt), []
     while True:
@@ -331,7 +303,7 @@ def stream_guessing(
         make_reader: (model, capacity) -> a `Reader`, or one like it.
 
     Raises:
-        InputError: see `check_request`; or there is more than one prompt.
+        InputError: as `stream`; or there is more than one prompt.
     """
     check_request(model.config, input_ids, max_new_tokens)
     require(len(input_ids) == 1, "guessing takes one prompt at a time")
