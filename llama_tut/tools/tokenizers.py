@@ -228,19 +228,28 @@ class Encoder:
 
     def __init__(self, tokenizer, tiktoken=None, threads=1):
         self.tokenizer, self.tiktoken = tokenizer, tiktoken
-        self.pool = ThreadPoolExecutor(threads) if tiktoken else None
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads)
 
     def __call__(self, texts):
         """A list of texts -> a list of arrays, uint32."""
         if self.tiktoken:
-            return list(self.pool.map(self.encode_one, texts))
+            # A share for each thread: a task for each text would cost more
+            # than encoding it.
+            share = -(-len(texts) // self.threads) or 1
+            shares = (
+                texts[n : n + share] for n in range(0, len(texts), share)
+            )
+            found = self.pool.map(self.encode_share, shares)
+            return list(itertools.chain.from_iterable(found))
         encode = self.tokenizer.encode_batch_fast
         found = encode(texts, add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in found]
 
-    def encode_one(self, text):
-        """The ids of one text by tiktoken; special tokens stay text."""
-        return self.tiktoken.encode_to_numpy(text, disallowed_special=())
+    def encode_share(self, texts):
+        """The ids of texts by tiktoken; special tokens stay text."""
+        encode = self.tiktoken.encode_to_numpy
+        return [encode(text, disallowed_special=()) for text in texts]
 
     def cut(self, text, count):
         """The beginning of a text, some `count` tokens long."""
