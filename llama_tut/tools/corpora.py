@@ -227,7 +227,9 @@ def list_files(path, left_out):
         require(path.stat().st_size, f"{path}: the file is empty")
         return [path]
     files = [f for f in map(Path, glob(str(path))) if f.is_file()]
-    return [f for f in files if f.stat().st_size]
+    empty = [f for f in files if not f.stat().st_size]
+    left_out.update({"empty": len(empty)} if empty else {})
+    return set(files) - set(empty)
 
 
 def walk(folder, left_out):

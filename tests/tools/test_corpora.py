@@ -201,6 +201,15 @@ def test_what_a_folder_leaves_out_is_said(tmp_path, capsys):
     )
 
 
+def test_a_pattern_leaves_out_empty_files_and_says_so(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").touch()
+    assert corpora.find_files([tmp_path / "*.txt"]) == [tmp_path / "a.txt"]
+    assert "left out: 1 empty" in capsys.readouterr().err
+    with pytest.raises(InputError, match="b.txt: the file is empty"):
+        corpora.find_files([tmp_path / "b.txt"])
+
+
 def test_only_left_out_files_are_named_in_the_refusal(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(InputError, match="no such file.*left out: 1 .json"):

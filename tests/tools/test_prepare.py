@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -188,6 +189,26 @@ def test_kill_9_and_go_on(corpus, tmp_path):
     for name in (out, tmp_path / "whole"):
         subprocess.run([*command, "--out", name], check=True)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+def test_workers_that_read_docstrings_end_with_their_parent(tmp_path):
+    process = subprocess.Popen(
+        [*SCRIPT, "--processes", "2", "--out", tmp_path / "out"],
+        env={**os.environ, "LLAMA_TUT_CACHE": str(tmp_path / "cache")},
+        stderr=subprocess.DEVNULL,
+    )
+    workers = []
+    for _ in range(6000):
+        found = psutil.Process(process.pid).children(recursive=True)
+        workers = [p for p in found if "spawn_main" in " ".join(p.cmdline())]
+        if len(workers) == 2 or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(found, timeout=60)
+    assert workers and not alive, "workers outlive their parent"
 
 
 def test_max_tokens_stops_behind_a_document(corpus, tmp_path):
