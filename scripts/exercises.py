@@ -85,7 +85,11 @@ def faults(notebook, chapter):
     names = [n for n in exercises.EXERCISES if n.split(".")[0] == chapter]
     if len(names) < LEAST:
         found.append(f"{notebook.stem}: {len(names)} exercises, not {LEAST}")
-    solved = solutions(notebook)
+    try:
+        solved = solutions(notebook)
+    except Exception as error:  # a cell may do anything
+        kind = type(error).__name__
+        return [f"{notebook.stem}: its solutions cannot run: {kind}: {error}"]
     for name in sorted({*solved, *names}):
         if name not in names or name not in solved:
             found.append(f"{name}: exercise without solution, or the reverse")

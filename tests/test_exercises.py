@@ -123,6 +123,30 @@ def test_what_an_answer_raises_becomes_a_sentence_with_its_line(product):
     )
 
 
+def test_a_checker_may_ask_for_an_exception(monkeypatch):
+    monkeypatch.setattr(exercises, "EXERCISES", {})
+    monkeypatch.setattr(exercises, "find", lambda n: exercises.EXERCISES[n])
+
+    @exercises.exercise("test.refuse")
+    def check_refuse(answer):
+        try:
+            answer(-1)
+        except ValueError:
+            return
+        raise Hint("a negative number must be refused")
+
+    def refuses(number):
+        raise ValueError("negative")
+
+    def fails(number):
+        raise KeyError("number")
+
+    assert exercises.verdict("test.refuse", refuses) == "right"
+    assert exercises.verdict("test.refuse", abs).startswith("a negative")
+    said = exercises.verdict("test.refuse", fails)
+    assert said.startswith("it raised KeyError")
+
+
 @pytest.mark.parametrize(
     ("returned", "words"),
     [

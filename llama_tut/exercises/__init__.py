@@ -146,19 +146,19 @@ def sentence(error, answer):
 def verdict(name, answer):
     """'right', or what is wrong with the function `answer`.
 
-    What the answer raises becomes a sentence with the reader's own line. So
-    does what a checker raises when it computes with a result of the wrong
-    kind or shape: the sentence says what the answer returned.
+    What the answer raises becomes a sentence with the reader's own line,
+    unless the checker expects and catches it. So does what a checker raises
+    when it computes with a result of the wrong kind or shape: the sentence
+    says what the answer returned.
     """
-    returned = []
+    raised, returned = [], []
 
     def attempt(*args, **options):
         try:
             result = answer(*args, **options)
-        except Hint:
-            raise
         except Exception as error:  # the reader's code may raise anything
-            raise Hint(sentence(error, answer)) from error
+            raised.append(error)
+            raise
         expect(result is not None, "it returns nothing yet")
         returned.append(result)
         return result
@@ -169,6 +169,8 @@ def verdict(name, answer):
     except Hint as hint:
         return str(hint)
     except Exception as error:
+        if error in raised:
+            return sentence(error, answer)
         if not returned:
             raise  # the checker itself is broken
         line = str(error).strip().splitlines() or [type(error).__name__]
