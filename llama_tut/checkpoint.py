@@ -53,11 +53,10 @@ def optimizer_tensors(model, optimizer):
     among it; a plain number becomes a tensor."""
     if not optimizer.state:  # torch would take a step of length 0 to make one
         return {}
+    state = get_optimizer_state_dict(model, optimizer)["state"]
     return {
         f"{name}/{key}": torch.as_tensor(value)
-        for name, entry in get_optimizer_state_dict(model, optimizer)[
-            "state"
-        ].items()
+        for name, entry in state.items()
         for key, value in entry.items()
         if value is not None
     }
@@ -70,11 +69,11 @@ def set_optimizer_tensors(model, optimizer, tensors):
     for full, tensor in tensors.items():
         name, key = full.rsplit("/", 1)
         found["state"].setdefault(name, {})[key] = tensor
-    may_lack = StateDictOptions(strict=False)  # no gradient yet: no state
-    set_optimizer_state_dict(model, optimizer, found, options=may_lack)
+    lenient = StateDictOptions(strict=False)  # no gradient yet: no state
+    set_optimizer_state_dict(model, optimizer, found, options=lenient)
 
 
-# Was it written, and is it still that?
+# All or nothing
 
 FILES = (
     "model.safetensors",
@@ -84,23 +83,11 @@ FILES = (
 )
 
 
-def checksum(path):
-    """SHA-256 of a file, as hexadecimal digits."""
+def fingerprint(path):
+    """Size and SHA-256 of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder, step):
-    """Write manifest.json: what belongs to this checkpoint."""
-    files = {
-        name: {
-            "bytes": (folder / name).stat().st_size,
-            "sha256": checksum(folder / name),
-        }
-        for name in FILES
-    }
-    manifest = {"format": 1, "step": step, "files": files}
-    write_json(folder / "manifest.json", manifest)
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": checksum}
 
 
 def step_name(step):
@@ -123,14 +110,10 @@ def verify_checkpoint(path):
         for name in FILES:
             if name not in files:
                 return f"manifest.json does not list {name}"
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if (path / name).stat().st_size != files[name]["bytes"]:
-                return f"{name} has another size"
-            if checksum(path / name) != files[name]["sha256"]:
-                return f"{name} has another checksum"
-    except FileNotFoundError:
-        return "manifest.json is missing"
+            if fingerprint(path / name) != files[name]:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
     except PermissionError as error:
         raise InputError(f"{error.filename} may not be read") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -141,12 +124,22 @@ def verify_checkpoint(path):
 # Save
 
 
+def require_finite(tensors, step):
+    """Refuse to save an infinity or a NaN. Raises: InputError."""
+    for name, tensor in tensors.items():
+        require(
+            not tensor.is_floating_point() or tensor.isfinite().all(),
+            f"weights are not finite at step {step} ({name}), so nothing is "
+            "saved: go on from the checkpoint before, with --resume and a "
+            "smaller --learning-rate",
+        )
+
+
 def write_checkpoint(folder, step, model, optimizer, state, random):
     """Write and flush the files of one checkpoint into the new `folder`."""
     weights = {n: t.contiguous() for n, t in model.state_dict().items()}
-    tensors = optimizer_tensors(model, optimizer)
-    require_finite(weights, "weights", step)
-    require_finite(tensors, "optimizer's averages", step)
+    averages = optimizer_tensors(model, optimizer)
+    require_finite(weights | averages, step)
     drawn = {
         f"{rank}/{device}": value
         for rank, states in enumerate(random or [random_states()])
@@ -154,24 +147,43 @@ def write_checkpoint(folder, step, model, optimizer, state, random):
     }
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    save_file(tensors, folder / "optimizer.safetensors")
+    save_file(averages, folder / "optimizer.safetensors")
     save_file(drawn, folder / "random.safetensors")
     write_json(folder / "state.json", {"step": step, **state})
-    write_manifest(folder, step)
+    files = {name: fingerprint(folder / name) for name in FILES}
+    manifest = {"format": 1, "step": step, "files": files}
+    write_json(folder / "manifest.json", manifest)
     for path in folder.iterdir():
         flush(path)
     flush(folder)
 
 
-def require_finite(tensors, what, step):
-    """Refuse to save an infinity or a NaN. Raises: InputError."""
-    for name, tensor in tensors.items():
-        require(
-            not tensor.is_floating_point() or tensor.isfinite().all(),
-            f"the {what} are not finite at step {step} ({name}): nothing is "
-            "saved; go on from the checkpoint before with --resume and a "
-            "smaller --learning-rate",
-        )
+def checkpoints(folder):
+    """Paths of all checkpoints in `folder`, valid or not, oldest first.
+
+    Raises: InputError when the folder may not be listed.
+    """
+    form = "step_" + 8 * "[0-9]"
+    try:
+        found = sorted(Path(folder).iterdir())
+        return [path for path in found if path.match(form) and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be read: {error.strerror}"
+        ) from error
+
+
+def remove(*folders):
+    """Delete folders; one cut off in the middle is no checkpoint any more."""
+    for path in filter(Path.exists, folders):
+        if not path.name.startswith("."):
+            path = path.rename(path.with_name(f".tmp-old-{path.name}"))
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def save_checkpoint(
@@ -195,7 +207,6 @@ def save_checkpoint(
         remove(final)
         half.rename(final)
         flush(folder)
-        # Keep `keep` checkpoints up to this one, and none of a later step.
         found = checkpoints(folder)
         upto = [path for path in found if path.name <= final.name]
         remove(*upto[:-keep], *found[len(upto) :])
@@ -209,38 +220,7 @@ def save_checkpoint(
     return final
 
 
-def checkpoints(folder):
-    """Paths of all checkpoints in `folder`, valid or not, oldest first.
-
-    Raises: InputError when the folder may not be listed: that must not look
-        like a run that has saved nothing yet.
-    """
-    form = "step_" + 8 * "[0-9]"
-    try:
-        found = sorted(Path(folder).iterdir())
-        return [path for path in found if path.match(form) and path.is_dir()]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be read: {error.strerror}"
-        ) from error
-
-
-def remove(*folders):
-    """Delete folders; one cut off in the middle is no checkpoint any more."""
-    for path in folders:
-        if not path.exists():
-            continue
-        if not path.name.startswith("."):
-            path = path.rename(path.with_name(f".tmp-old-{path.name}"))
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
-
-
-# Find the newest valid one
+# Find the newest valid one, and load it
 
 
 def latest_checkpoint(folder, say=None):
@@ -265,9 +245,6 @@ def latest_checkpoint(folder, say=None):
         "with another --out",
     )
     return None
-
-
-# Load
 
 
 def check_shapes(path, model):

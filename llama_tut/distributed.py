@@ -30,11 +30,15 @@ def parameter_hash(model):
     return digest.hexdigest()
 
 
-# Start and stop
+# DDP: buckets that leave early
 
 
 def wrap(model, ranks):
-    """The model as DDP if there are other ranks, else the model itself."""
+    """The model as DDP if there are other ranks, else the model itself.
+
+    Args:
+        ranks: who this process is, as `tools.ranks.start` returns it.
+    """
     if ranks.world_size == 1:
         return model
     on_gpu = ranks.device.type == "cuda"

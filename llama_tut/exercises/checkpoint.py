@@ -86,6 +86,40 @@ def in_place(path, write):
     return path
 
 
+@wrong("checkpoint.replace", "before fsync")
+def flushed_after_the_rename(path, write):
+    half = path.with_suffix(".tmp")
+    with open(half, "wb") as file:
+        write(file)
+        os.replace(half, path)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+@wrong("checkpoint.replace", "before fsync")
+def synced_without_flush(path, write):
+    half = path.with_suffix(".tmp")
+    with open(half, "wb") as file:
+        write(file)
+        os.fsync(file.fileno())  # Python's own buffer is not written yet
+    os.replace(half, path)
+    return path
+
+
+@wrong("checkpoint.replace", "left over")
+def copied(path, write):
+    half = path.with_suffix(".tmp")
+    with open(half, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    more = path.with_suffix(".tmp2")
+    shutil.copy(half, more)
+    os.replace(more, path)
+    return path
+
+
 @wrong("checkpoint.replace", "the old content is gone")
 def remove_first(path, write):
     half = path.with_suffix(".tmp")
@@ -145,6 +179,21 @@ def with_gradient(matrices, others, optimizer):
 def muon_for_all(matrices, others, optimizer):
     each = 8 if optimizer == "muon" else 12
     return each * (matrices + others)
+
+
+@wrong("checkpoint.size", "weights themselves")
+def averages_only(matrices, others, optimizer):
+    return 8 * (matrices + others)
+
+
+@wrong("checkpoint.size", "averages are missing")
+def weights_only(matrices, others, optimizer):
+    return 4 * (matrices + others)
+
+
+@wrong("checkpoint.size", "12 bytes each")
+def in_bfloat16(matrices, others, optimizer):
+    return 6 * (matrices + others)
 
 
 @exercise("checkpoint.interval")

@@ -1,8 +1,314 @@
 """Checkers of chapter 16."""
 
-import torch
+import threading
+from unittest import mock
 
-from llama_tut.exercises import exercise, expect, expect_close, wrong
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from llama_tut.exercises import Hint, exercise, expect, expect_close, wrong
+
+
+class World:
+    """Ranks as threads of this process, with `dist.all_reduce` between them."""
+
+    def __init__(self, size):
+        self.size, self.sent = size, [0] * size
+        self.own = threading.local()
+        self.slots = [None] * size
+        self.barrier = threading.Barrier(size, timeout=10)
+
+    def all_reduce(self, tensor, op=dist.ReduceOp.SUM, **options):
+        self.slots[self.own.rank] = tensor.detach().clone()
+        self.sent[self.own.rank] += tensor.numel()
+        self.barrier.wait()
+        if len({slot.shape for slot in self.slots}) > 1:
+            raise Hint(
+                "the ranks call all_reduce with tensors of different shapes: "
+                "all must send the same things in the same order"
+            )
+        total = torch.stack(self.slots).sum(0)
+        if op == dist.ReduceOp.AVG:
+            total /= self.size
+        self.barrier.wait()
+        tensor.detach().copy_(total)
+
+    def run(self, function):
+        """What `function(rank)` returns on each rank."""
+        results, problems = [None] * self.size, []
+
+        def work(rank):
+            self.own.rank = rank
+            try:
+                results[rank] = function(rank)
+            except Exception as error:
+                problems.append(error)
+                self.barrier.abort()
+
+        threads = [
+            threading.Thread(target=work, args=(r,)) for r in range(self.size)
+        ]
+        with mock.patch.multiple(
+            dist,
+            all_reduce=self.all_reduce,
+            get_world_size=lambda *_: self.size,
+            get_rank=lambda *_: self.own.rank,
+        ):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        real = [
+            p
+            for p in problems
+            if not isinstance(p, threading.BrokenBarrierError)
+        ]
+        if real:
+            raise real[0]
+        expect(
+            not problems,
+            "a rank waits in all_reduce for ever: one of them calls it more "
+            "often than the others",
+        )
+        return results
+
+
+class Toy(nn.Module):
+    """A model of four weights with the mean of squares as its loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+        self.b = nn.Parameter(torch.tensor([0.25]))
+
+    def forward(self, inputs, targets):
+        return (inputs @ self.w + self.b - targets).square().mean()
+
+
+def two_steps(take_step, world_size, optimizer):
+    """Two steps of 3 x 2 micro batches: (models, losses, numbers sent)."""
+    source = torch.Generator().manual_seed(0)
+    shape = (2, 3, 2, 5)  # step, rank, micro batch, example
+    inputs = torch.randn(*shape, 3, generator=source)
+    targets = torch.randn(*shape, generator=source) * torch.arange(1, 4).view(
+        1, 3, 1, 1
+    )
+
+    def on_rank(rank):
+        model = Toy()
+        made = optimizer(model.parameters())
+        losses = []
+        for step in range(2):
+            mine = (inputs[step], targets[step])
+            if world_size > 1:
+                mine = (inputs[step, rank], targets[step, rank])
+            batches = list(
+                zip(*(m.reshape(-1, *m.shape[-1 - (m is mine[0]):])
+                      for m in mine), strict=True)
+            )  # fmt: skip
+            losses.append(take_step(model, made, batches))
+        return model, losses
+
+    if world_size == 1:
+        return on_rank(0)
+    world = World(world_size)
+    found = world.run(on_rank)
+    return *zip(*found, strict=True), world.sent
+
+
+def moved(model):
+    """How far the weights are from where they began."""
+    with torch.no_grad():
+        pairs = zip(model.parameters(), Toy().parameters(), strict=True)
+        return torch.cat([a - b for a, b in pairs])
+
+
+def one_process(model, optimizer, batches):
+    """The step that all ranks together must take."""
+    loss = sum(model(x, targets=y) for x, y in batches) / len(batches)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def adam(parameters):
+    return torch.optim.AdamW(parameters, lr=0.1)
+
+
+@exercise("distributed.step")
+def check_step(answer):
+    """A step of data parallelism, with accumulation, on three ranks."""
+    models, losses, sent = two_steps(answer, 3, sgd)
+    wanted, means = two_steps(one_process, 1, sgd)
+    right, found = moved(wanted), [moved(model) for model in models]
+    expect(
+        found[0].any(),
+        "the weights have not moved: where is optimizer.step()?",
+    )
+    expect(
+        all(torch.allclose(one, found[0], atol=1e-6) for one in found),
+        "the ranks' weights differ after the step: each has stepped with a "
+        "gradient of its own",
+    )
+    if not torch.allclose(found[0], right, atol=1e-5):
+        explain(answer, found[0])
+    models, *_ = two_steps(answer, 3, adam)
+    wanted, _ = two_steps(one_process, 1, adam)
+    expect_close(
+        moved(models[0]),
+        moved(wanted),
+        "right with plain gradient descent, wrong with AdamW: average the "
+        "gradients before the optimizer sees them, not the weights after it",
+        1e-4,
+    )
+    expect(
+        max(sent) < 2 * 2 * 4,
+        f"{max(sent)} numbers sent in two steps, for a model of 4: add up "
+        "the gradients of all micro batches first, and send once",
+    )
+    hint = "return the mean loss over all ranks and micro batches"
+    for own in losses:
+        own = [float(x) for x in own]
+        expect(
+            abs(own[0] / means[0] - 3) > 1e-3,
+            "the loss is the sum over the ranks, not the mean",
+        )
+        expect(
+            abs(own[0] / means[0] - 2) > 1e-3,
+            "the loss is the sum over the micro batches, not the mean",
+        )
+        expect_close(own, means, f"each rank returns its own loss: {hint}")
+
+
+def explain(answer, found):
+    """Say which scale is missing, if one is."""
+    for factor, hint in (
+        (3, "all_reduce gives the sum over the ranks: divide by their number"),
+        (2, "the gradients of the micro batches add up: divide each loss by "
+            "the number of micro batches"),
+        (6, "the sum over ranks and micro batches: divide by both numbers"),
+        (1 / 3, "divided by the number of ranks twice"),
+        (1 / 2, "divided by the number of micro batches twice"),
+    ):  # fmt: skip
+
+        def scaled(model, optimizer, batches, factor=factor):
+            loss = sum(model(x, targets=y) for x, y in batches) / len(batches)
+            (factor * loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        other, _ = two_steps(scaled, 1, sgd)
+        expect(not torch.allclose(found, moved(other), atol=1e-4), hint)
+
+    def kept(model, optimizer, batches):
+        loss = sum(model(x, targets=y) for x, y in batches) / len(batches)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    other, _ = two_steps(kept, 1, sgd)
+    expect(
+        not torch.allclose(found, moved(other), atol=1e-4),
+        "the second step still has the gradient of the first: zero it",
+    )
+    raise Hint("the ranks agree, but not with one process on all rows")
+
+
+def rank_step(
+    model, optimizer, batches, by_ranks=True, by_micro=True, zero=True,
+    every=False, parameters=False, own_loss=False,
+):  # fmt: skip
+    """The step, with one thing after another left out."""
+    W, k = dist.get_world_size(), len(batches) if by_micro else 1
+    tensors = list(model.parameters())
+
+    def average(found):
+        for tensor in found:
+            dist.all_reduce(tensor)
+            if by_ranks:
+                tensor /= W
+
+    total = torch.zeros(())
+    for i, (inputs, targets) in enumerate(batches):
+        loss = model(inputs, targets=targets) / k
+        loss.backward()
+        total += loss.detach() * k / len(batches)
+        if every or (i == len(batches) - 1 and not parameters):
+            average([p.grad for p in tensors])
+    optimizer.step()
+    if zero:
+        optimizer.zero_grad()
+    if parameters:
+        average([p.data for p in tensors])
+    if not own_loss:
+        dist.all_reduce(total)
+        total /= W
+    return total.item()
+
+
+@wrong("distributed.step", "sum over the ranks: divide")
+def sum_over_ranks(model, optimizer, batches):
+    return rank_step(model, optimizer, batches, by_ranks=False)
+
+
+@wrong("distributed.step", "micro batches add up")
+def sum_over_micro_batches(model, optimizer, batches):
+    return rank_step(model, optimizer, batches, by_micro=False)
+
+
+@wrong("distributed.step", "divide by both")
+def sum_of_everything(model, optimizer, batches):
+    return rank_step(model, optimizer, batches, by_ranks=False, by_micro=False)
+
+
+@wrong("distributed.step", "zero it")
+def never_zeroed(model, optimizer, batches):
+    return rank_step(model, optimizer, batches, zero=False)
+
+
+@wrong("distributed.step", "send once")
+def sent_every_micro_step(model, optimizer, batches):
+    return rank_step(model, optimizer, batches, every=True)
+
+
+@wrong("distributed.step", "average the gradients before")
+def weights_averaged(model, optimizer, batches):
+    return rank_step(model, optimizer, batches, parameters=True)
+
+
+@wrong("distributed.step", "returns its own loss")
+def loss_of_one_rank(model, optimizer, batches):
+    return rank_step(model, optimizer, batches, own_loss=True)
+
+
+@wrong("distributed.step", "a gradient of its own")
+def averaged_too_late(model, optimizer, batches):
+    for inputs, targets in batches:
+        loss = model(inputs, targets=targets) / len(batches)
+        loss.backward()
+    optimizer.step()
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@wrong("distributed.step", "more often than the others")
+def only_rank_zero_sends(model, optimizer, batches):
+    for inputs, targets in batches:
+        (model(inputs, targets=targets) / len(batches)).backward()
+    if dist.get_rank() == 0:
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+    optimizer.step()
+    return 0.0
 
 
 @exercise("distributed.rows")
@@ -68,6 +374,24 @@ def a_block_a_rank(step, micro, rank, world_size, batch, rows):
     return list(range(first, first + batch))
 
 
+@wrong("distributed.rows", "depends on `step` and `rows` only")
+def counted_from_one(step, micro, rank, world_size, batch, rows):
+    first = (step + 1) * rows + (micro * world_size + rank) * batch
+    return list(range(first, first + batch))
+
+
+@wrong("distributed.rows", "in another order")
+def every_other_row(step, micro, rank, world_size, batch, rows):
+    first = step * rows + micro * world_size * batch + rank
+    return list(range(first, first + batch * world_size, world_size))
+
+
+@wrong("distributed.rows", "takes `batch` rows")
+def one_row_too_many(step, micro, rank, world_size, batch, rows):
+    first = step * rows + (micro * world_size + rank) * batch
+    return list(range(first, first + batch + 1))
+
+
 @exercise("distributed.ring")
 def check_ring(answer):
     """Reduce-scatter: half of a ring."""
@@ -90,7 +414,7 @@ def check_ring(answer):
         expect(
             sum(found) == W,
             f"{sum(found)} chunks hold a whole sum, with {W} ranks: it should "
-            "be one a rank; did a rank add before all had sent?",
+            "be one a rank",
         )
         expect(
             all(found[r * W + c] for r, c in enumerate(places)),
@@ -123,6 +447,32 @@ def same_chunk_always(chunks):
 @wrong("distributed.ring", "just added to")
 def nothing_sent(chunks):
     return [(r + 1) % len(chunks) for r in range(len(chunks))]
+
+
+@wrong("distributed.ring", "should be one a rank")
+def everything_to_everyone(chunks):
+    W = len(chunks)
+    for place in range(W):
+        total = sum(chunks[r][place] for r in range(W))
+        for r in range(W):
+            chunks[r][place] = total.clone()
+    return [(r + 1) % W for r in range(W)]
+
+
+@wrong("distributed.ring", "just added to")
+def one_round_short(chunks):
+    W = len(chunks)
+    for move in range(W - 2):
+        sent = [chunks[r][(r - move) % W].clone() for r in range(W)]
+        for r, message in enumerate(sent):
+            chunks[(r + 1) % W][(r - move) % W] += message
+    return [(r + 1) % W for r in range(W)]
+
+
+@wrong("distributed.ring", "each place once")
+def same_place_for_all(chunks):
+    rounds(chunks, lambda r, move, W: (r - move) % W)
+    return [0] * len(chunks)
 
 
 @exercise("distributed.hide")
@@ -160,3 +510,13 @@ def whole_ring(world_size, flops, bits):
 @wrong("distributed.hide", "backward has 4N")
 def with_forward(world_size, flops, bits):
     return (world_size - 1) / world_size * flops / (bits / 8) * 2 / 3
+
+
+@wrong("distributed.hide", "has two bytes")
+def in_float32(world_size, flops, bits):
+    return 2 * (world_size - 1) / world_size * flops / (bits / 8)
+
+
+@wrong("distributed.hide", "sends the whole gradient to all")
+def everyone_to_everyone(world_size, flops, bits):
+    return world_size * flops / (bits / 8) * (1 - 1 / world_size)
