@@ -4,9 +4,7 @@
 Letters: W ranks, N parameters.
 """
 
-import hashlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -21,8 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 from llama_tut.tools.files import (
     InputError,
+    fingerprint,
     flush,
     read_json,
+    remove,
     require,
     write_json,
 )
@@ -75,19 +75,8 @@ def set_optimizer_tensors(model, optimizer, tensors):
 
 # All or nothing
 
-FILES = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "random.safetensors",
-    "state.json",
-)
-
-
-def fingerprint(path):
-    """Size and SHA-256 of a file."""
-    with open(path, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": checksum}
+TENSORS = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
+FILES = (*TENSORS, "state.json")
 
 
 def step_name(step):
@@ -145,7 +134,7 @@ def write_checkpoint(folder, step, model, optimizer, state, random):
         for rank, states in enumerate(random or [random_states()])
         for device, value in states.items()
     }
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     save_file(averages, folder / "optimizer.safetensors")
     save_file(drawn, folder / "random.safetensors")
@@ -173,17 +162,6 @@ def checkpoints(folder):
         raise InputError(
             f"{folder} cannot be read: {error.strerror}"
         ) from error
-
-
-def remove(*folders):
-    """Delete folders; one cut off in the middle is no checkpoint any more."""
-    for path in filter(Path.exists, folders):
-        if not path.name.startswith("."):
-            path = path.rename(path.with_name(f".tmp-old-{path.name}"))
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
 
 
 def save_checkpoint(

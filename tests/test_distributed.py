@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,29 @@ def test_ranks_equal_one_process(tmp_path, one, count, micro_steps):
     assert one["heard"] == "bad line 7"
 
 
+# Seven batches for two ranks: four and three.
+UNEQUAL = """
+import sys, torch
+from llama_tut.tools.ranks import mean_over_ranks, start, wait_for_all
+ranks, steps = start("cpu", timeout_s=2), 0
+try:
+    for _ in range(ranks.rank, 7, 2):
+        mean_over_ranks(torch.ones(1000))
+        steps += 1
+    wait_for_all(ranks)
+except RuntimeError as error:
+    assert "Timed out" in str(error) or ranks.rank == 1, error
+    print("rank", ranks.rank, "ends after", steps, flush=True)
+"""
+
+
+def test_a_rank_without_a_batch_ends_the_job(tmp_path):
+    """It would hang; the timeout ends the other rank in its fourth step."""
+    job = launch(tmp_path, UNEQUAL, 2)
+    out, _ = job.communicate(timeout=120)
+    assert "rank 0 ends after 3" in out
+
+
 def test_a_killed_rank_ends_the_job(tmp_path):
     job, pids = start_loop(tmp_path)
     os.kill(pids[1], signal.SIGKILL)
@@ -246,6 +270,23 @@ def test_alone():
         model(torch.ones(1, 2)).sum().backward()
     warm_up_ddp_buckets(model, None, None)
     stop()
+
+
+def test_gradients_are_held_back_until_the_last():
+    held = []
+
+    class Ddp(torch.nn.Linear):  # DDP has this context, and asks in forward
+        @contextmanager
+        def no_sync(self):
+            held.append(True)
+            yield
+
+    model, sent = Ddp(2, 2), []
+    for micro in range(4):
+        held.clear()
+        with micro_step_sync(model, last=micro == 3):
+            sent.append(not held)
+    assert sent == [False, False, False, True]
 
 
 def test_hash_sees_the_sign_of_zero_and_ignores_wrappers():

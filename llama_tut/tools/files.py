@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -30,6 +31,28 @@ def digest(*parts):
     for part in parts:
         h.update(part)
     return h.hexdigest()
+
+
+def fingerprint(path):
+    """{"bytes": size, "sha256": checksum} of a file."""
+    with open(path, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": Path(path).stat().st_size, "sha256": checksum}
+
+
+def remove(*paths):
+    """Delete files and folders, which may be absent.
+
+    A folder first gets a name that begins with a dot, so that one that is cut
+    off in the middle is not taken for a whole one.
+    """
+    for path in filter(Path.exists, paths):
+        if not path.name.startswith("."):
+            path = path.rename(path.with_name(f".tmp-old-{path.name}"))
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def flush(path):

@@ -48,6 +48,19 @@ def test_alone():
     stop()
 
 
+def test_an_error_of_one_rank_reaches_all(monkeypatch):
+    heard = []
+
+    def gather(text, group):  # as rank 0 hears it, when rank 1 has failed
+        heard.append(text)
+        return [text, "bad line 7"]
+
+    monkeypatch.setattr("llama_tut.tools.ranks.gather_objects", gather)
+    with pytest.raises(InputError, match="bad line 7"), shared_errors():
+        pass
+    assert heard == [None]
+
+
 @pytest.mark.parametrize(
     "environment, words",
     [
