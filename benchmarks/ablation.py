@@ -5,10 +5,9 @@
 First each row's learning rate is tuned: one seed at rates a factor of two
 apart, until the best has a worse one on both sides. Where the two best are
 closer than CLOSE, a second seed decides, as a rate at the edge of what is stable
-can be lucky once. The chosen rate runs on three fresh seeds, rows that spread
-much on five. A seed decides
-the initialisation and the order of the rows, so rows of one seed see the same
-tokens in the same order.
+can be lucky once. The chosen rate runs on three fresh seeds; rows whose seeds
+lay far apart run on five. A seed decides the initialisation and the order of
+the text, so rows of one seed see the same tokens in the same order.
 Stop it with Ctrl-C; the same command goes on. Writes
 benchmarks/results/ablation.json and optimizers.json.
 """

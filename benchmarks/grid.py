@@ -145,7 +145,7 @@ def run_job(job, root, data):
         try:
             return json.loads(path.read_text())
         except ValueError:
-            pass  # damaged: made anew from the run's own files
+            pass  # damaged: made again from the run's own files
     out.parent.mkdir(parents=True, exist_ok=True)
     config = configure(
         {**job.options, "data": str(data), "out": str(out), "resume": True}

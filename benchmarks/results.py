@@ -25,7 +25,7 @@ def read(name):
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: {error}; restore it, or make it anew (make help)"
+            f"{path}: {error}; restore it, or make it again (make help)"
         ) from error
 
 

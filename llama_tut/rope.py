@@ -105,6 +105,6 @@ def scale_frequencies(frequencies, scaling):
         frequencies: radians a token, [C/2].
         scaling: a `RopeScaling`.
     """
-    if getattr(scaling, "rope_type", "llama3") == "linear":
+    if scaling.rope_type == "linear":
         return frequencies / scaling.factor  # [C/2]
     return apply_llama3_scaling(frequencies, scaling)  # [C/2]

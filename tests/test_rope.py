@@ -1,7 +1,5 @@
 """RoPE where chapter 4 does not look: casts, devices, compile, 2-D positions."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import LlamaConfig as TheirConfig
@@ -125,10 +123,8 @@ def test_frequencies_of_other_shapes(head_dim, scaling):
 @pytest.mark.parametrize("factor", [2.0, 4.0, 16.0])
 def test_linear_scaling_is_that_of_transformers(factor):
     """deepseek-coder and vicuna-16k divide every position by a factor."""
-    scaling = SimpleNamespace(rope_type="linear", factor=factor)
-    config = SimpleNamespace(
-        head_dim=128, rope_theta=1e5, rope_scaling=scaling
-    )
+    scaling = RopeScaling(rope_type="linear", factor=factor)
+    config = LlamaConfig(head_dim=128, rope_theta=1e5, rope_scaling=scaling)
     theirs = modeling_llama.LlamaRotaryEmbedding(
         TheirConfig(
             head_dim=128,
@@ -146,7 +142,7 @@ def test_linear_scaling_is_that_of_transformers(factor):
     ):
         assert torch.equal(table, other[0, :, :64])
     # Positions a factor apart meet the angles of the model before it.
-    plain = SimpleNamespace(head_dim=128, rope_theta=1e5, rope_scaling=None)
+    plain = LlamaConfig(head_dim=128, rope_theta=1e5)
     torch.testing.assert_close(
         LlamaRotaryEmbedding(config)(POSITIONS * int(factor)),
         LlamaRotaryEmbedding(plain)(POSITIONS),

@@ -18,7 +18,11 @@ def check_norm(answer):
     torch.manual_seed(0)
     x, gain = 3 * torch.randn(5, 3, 8), torch.linspace(0.5, 2, 8)
     found = answer(x, gain, 0.0)
-    expect_close(found.shape, x.shape, "the shape must be that of x")
+    expect(
+        found.shape == x.shape,
+        f"the result has shape {list(found.shape)}, it must be that of x, "
+        f"{list(x.shape)}",
+    )
     y = x / root_mean_square(x, 0.0)
 
     def is_close(other):
@@ -82,6 +86,11 @@ def check_norm(answer):
         "bits differ in bfloat16: first cast the normalised vector back, then "
         "multiply by the gain",
     )
+
+
+@wrong("rmsnorm.norm", "must be that of x")
+def only_the_rms(x, gain, eps):
+    return (x.float().square().mean(-1) + eps).sqrt()
 
 
 @wrong("rmsnorm.norm", "not their sum")
@@ -257,6 +266,21 @@ def check_backward(answer):
         ),
         "the gain is missing: the gradient reaches y through gain * x / rms",
     )
+    expect(
+        not torch.allclose(
+            torch.as_tensor(found).float(), x.grad * r, atol=1e-4
+        ),
+        "the whole gradient is divided by the root mean square once more",
+    )
+    g, y = dy * gain, x.detach() / r
+    expect(
+        not torch.allclose(
+            torch.as_tensor(found).float(),
+            (g - y * (g * y).sum(-1, keepdim=True)) / r,
+            atol=1e-4,
+        ),
+        "the component along x is a mean over the D coordinates, not a sum",
+    )
     expect_close(
         found,
         x.grad,
@@ -269,6 +293,20 @@ def check_backward(answer):
 @wrong("rmsnorm.backward", "as a constant")
 def rms_as_constant(x, gain, eps, dy):
     return dy * gain / root_mean_square(x, eps)
+
+
+@wrong("rmsnorm.backward", "not a sum")
+def sum_over_coordinates(x, gain, eps, dy):
+    r = root_mean_square(x, eps)
+    g, y = dy * gain, x / r
+    return (g - y * (g * y).sum(-1, keepdim=True)) / r
+
+
+@wrong("rmsnorm.backward", "once more")
+def not_divided(x, gain, eps, dy):
+    r = root_mean_square(x, eps)
+    g, y = dy * gain, x / r
+    return g - y * (g * y).mean(-1, keepdim=True)
 
 
 @wrong("rmsnorm.backward", "the gain is missing")
