@@ -81,7 +81,7 @@ def blocked_attention(q, k, v, attention_mask=None):
     return torch.cat(outs, dim=2)  # [B, H, T, C]
 
 
-# Tiles of logits
+# Tiles: the loss without all logits
 
 
 def tile_size(vocab_size, device):
@@ -136,9 +136,6 @@ def to_gradient(logits, normaliser, targets, words):
     return grad.scatter_add_(1, column, -is_here.float())  # [R, M]
 
 
-# The loss, and its gradients at once
-
-
 def loss_and_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -183,8 +180,6 @@ def loss_and_gradients(
     return loss, grad_h, grad_w  # [], [..., D], [..., D]
 
 
-# One operation for the compiler
-
 as_one_operation = torch.library.custom_op(
     "llama_tut::loss_and_gradients", loss_and_gradients, mutates_args=()
 )
@@ -195,9 +190,6 @@ def shapes_of_results(hidden, weight, targets, dtype, wanted):
     """What the compiler must know: shapes and dtypes of the results."""
     loss = torch.empty((), device=weight.device)  # []
     return loss, hidden[: wanted * len(hidden)], weight[: wanted * len(weight)]
-
-
-# The loss as a function
 
 
 class HeadLoss(torch.autograd.Function):
