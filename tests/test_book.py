@@ -43,6 +43,18 @@ def test_the_contents_list_every_notebook_in_order():
     assert notebooks == [f"notebooks/{stem}" for stem in STEMS]
 
 
+def module_name(stem):
+    """What the tables call a chapter's module: `attention`, `fast/training`."""
+    if not (ROOT / "llama_tut" / module_path(stem)).exists():
+        return "–"
+    return f"`{module_path(stem).removesuffix('.py')}`"
+
+
+def module_path(stem):
+    """The file in llama_tut that a notebook exports."""
+    return stem.split("_", 1)[1].replace("fast_", "fast/", 1) + ".py"
+
+
 def test_the_readme_lists_every_chapter():
     rows = table_rows(README)
     assert list(rows) == STEMS
@@ -51,7 +63,7 @@ def test_the_readme_lists_every_chapter():
     )["seconds"]
     for stem, (chapter, module, seconds, proves) in rows.items():
         assert f"notebooks/{stem}.ipynb" in chapter
-        assert module == f"`{stem.split('_', 1)[1]}`"
+        assert module == module_name(stem)
         assert seconds == f"{times[stem]:.0f} s", f"{stem}: {times[stem]}"
         assert len(proves.split()) >= 4
 
@@ -60,19 +72,25 @@ def test_contributing_lists_every_module_with_its_imports():
     rows = table_rows(CONTRIBUTING)
     assert list(rows) == STEMS
     for stem, (_, module, *_) in rows.items():
-        assert module == f"`{stem.split('_', 1)[1]}`"
+        assert module == module_name(stem)
 
 
 def test_the_modules_page_lists_every_module():
     page = (ROOT / "book" / "modules.md").read_text()
-    listed = re.findall(r"automodule:: llama_tut\.(\w+)", page)
-    assert listed == [stem.split("_", 1)[1] for stem in STEMS]
+    listed = re.findall(r"automodule:: llama_tut\.([\w.]+)", page)
+    chapters = [s for s in STEMS if module_name(s) != "–"]
+    tools = sorted((ROOT / "llama_tut" / "tools").glob("[a-z]*.py"))
+    assert listed == [
+        *(module_name(s).strip("`").replace("/", ".") for s in chapters),
+        *(f"tools.{path.stem}" for path in tools),
+    ]
 
 
 def test_notation_covers_every_letter():
     page = (ROOT / "book" / "notation.md").read_text()
     explained = set(re.findall(r"^\| ([A-Z]) \|", page, re.M))
-    for path in sorted((ROOT / "llama_tut").glob("*.py")):
+    package = ROOT / "llama_tut"
+    for path in sorted([*package.glob("*.py"), *package.glob("fast/*.py")]):
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
         used = set(re.findall(r"\b[A-Z]\b", text.partition("Letters:")[2]))
         shapes = re.findall(r"# (\[[^\]]*\])$", path.read_text(), re.M)
@@ -195,7 +213,9 @@ def test_every_picture_is_described(pages):
 
 def test_exported_cells_name_their_file(pages, html):
     for stem in STEMS:
-        module = stem.split("_", 1)[1]
+        if module_name(stem) == "–":
+            continue
+        module = module_name(stem).strip("`")
         text = (html / "notebooks" / f"{stem}.html").read_text()
         assert f">llama_tut/{module}.py</a>" in text
         assert (html / "_modules" / "llama_tut" / f"{module}.html").exists()
@@ -222,7 +242,8 @@ def test_names_in_the_text_lead_to_their_entries(html):
 def test_each_entry_leads_to_the_section_that_builds_it(html, pages):
     text = (html / "book" / "modules.html").read_text()
     entries = re.findall(
-        r'<dt class="sig sig-object py" id="(llama_tut\.\w+\.\w+)">(.*?)</dt>',
+        r'<dt class="sig sig-object py" id="llama_tut\.'
+        r'((?:fast\.)?(?!fast|tools)\w+\.\w+)">(.*?)</dt>',
         text,
         re.S,
     )
@@ -233,7 +254,8 @@ def test_each_entry_leads_to_the_section_that_builds_it(html, pages):
         )
         assert link, f"{full} does not say where it is built"
         file, anchor = link.groups()
-        assert file.endswith(f"_{full.split('.')[1]}.html"), (full, file)
+        module = full.rpartition(".")[0].replace(".", "_")
+        assert file.endswith(f"_{module}.html"), (full, file)
         assert anchor in pages[html / file].anchors, (full, link[0])
 
 

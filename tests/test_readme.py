@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "book/intro.md", "book/pretraining.ipynb"]
+PAGES = ["README.md", "book/intro.md", "notebooks/18_pretraining.ipynb"]
 
 
 def read(page):
