@@ -37,9 +37,12 @@ def train_step(
             gradients in the last one only (chapter 16). None: alone.
         mean: averages a tensor over ranks. None: alone.
 
-    Returns: the mean loss and the norm of the gradient before clipping.
-    Raises: FloatingPointError, on all ranks, when one of them is not finite
-        on any rank; nothing has been changed then.
+    Returns:
+        The mean loss and the norm of the gradient before clipping.
+
+    Raises:
+        FloatingPointError: one of them is not finite on any rank; it is
+            raised on all ranks, and nothing has been changed then.
     """
     loss = 0.0
     device = next(model.parameters()).device
