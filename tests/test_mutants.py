@@ -31,6 +31,7 @@ def test_one_that_does_not_fit_says_so():
         mutants.planted(mutant, 2 * mutant.old)
 
 
+@pytest.mark.slow
 def test_a_fault_is_caught_and_a_harmless_change_survives(tmp_path):
     mutant = mutants.MUTANTS[0]
     test = mutants.tests_that_fail(mutant, tmp_path / "a")
