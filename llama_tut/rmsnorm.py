@@ -32,7 +32,8 @@ class LlamaRMSNorm(nn.Module):
 
     def forward(self, x):
         """x [B, T, D] in any float dtype -> the same shape and dtype."""
-        x32 = x.float()  # 16-bit squares overflow or are rounded  [B, T, D]
+        # In 16 bits the squares overflow or are rounded.
+        x32 = x.float()  # [B, T, D]
         mean_square = x32.square().mean(-1, keepdim=True)  # [B, T, 1]
         y = x32 * torch.rsqrt(mean_square + self.eps)  # [B, T, D]
         return self.weight * y.to(x.dtype)  # [B, T, D]

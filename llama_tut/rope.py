@@ -23,7 +23,9 @@ def inverse_frequencies(config, device=None):
     exponent = torch.arange(0, C, 2, device=device).float() / C  # [C/2]
     frequencies = 1.0 / config.rope_theta**exponent  # [C/2]
     if config.rope_scaling is not None:
-        frequencies = scale_frequencies(frequencies, config.rope_scaling)
+        frequencies = scale_frequencies(
+            frequencies, config.rope_scaling
+        )  # [C/2]
     return frequencies  # [C/2]
 
 
@@ -68,7 +70,8 @@ class LlamaRotaryEmbedding(nn.Module):
         """
         if position_ids.dim() == 2:
             position_ids = position_ids[:, None]  # [B, 1, T]
-        frequencies = inverse_frequencies(self.config, position_ids.device)
+        device = position_ids.device
+        frequencies = inverse_frequencies(self.config, device)  # [C/2]
         angle = position_ids[..., None].float() * frequencies  # [..., T, C/2]
         return angle.cos(), angle.sin()  # [..., T, C/2], [..., T, C/2]
 
