@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from llama_tut.config import option
 from llama_tut.model import LlamaForCausalLM
+from llama_tut.pretraining import llama_config
 from llama_tut.rope import LlamaRotaryEmbedding
 from llama_tut.tools.files import InputError, require
-from llama_tut.tools.options import check_choices, llama_config
+from llama_tut.tools.options import check_choices
 
 # The switches
 
