@@ -11,15 +11,7 @@ from torch import nn
 
 
 class LlamaRMSNorm(nn.Module):
-    """Root mean square norm with a gain for each coordinate.
-
-    Source: Zhang and Sennrich, 2019 (arXiv 1910.07467); the order of the
-    casts is that of transformers' `LlamaRMSNorm`.
-
-    Args:
-        hidden_size: D, the length of the vectors.
-        eps: added to the mean square, so that a zero vector stays finite.
-    """
+    """Norm with a gain [D], after Zhang and Sennrich (arXiv 1910.07467)."""
 
     def __init__(self, hidden_size, eps=1e-5):
         super().__init__()
