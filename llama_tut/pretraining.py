@@ -111,11 +111,8 @@ class Run:
 
 def prepare_run(config, info, ranks, build_model, prepare_model, say):
     """Model, optimizer and data of a run, at its first step or resumed."""
-    B, T, device = (
-        config.micro_batch_size,
-        config.sequence_length,
-        ranks.device,
-    )
+    B, T = config.micro_batch_size, config.sequence_length
+    device = ranks.device
     torch.manual_seed(config.seed)
     with shared_errors(ranks.gloo_group):
         loader = ShardLoader(
@@ -448,18 +445,18 @@ def speed(run, seconds):
 
 def open_recorder(run):
     """Rank 0: note how the run was started, and open its metrics."""
-    run.recorder = Recorder(
-        Path(run.config.out),
-        {
-            "config": asdict(run.config),
-            "command": sys.argv,
-            "torch": torch.__version__,
-            "data": asdict(run.info),
-            "choice": run.baselines,
-        },
-        run.step,
-        run.config.steps,
-    )
+    folder = Path(run.config.out)
+    about = {
+        "config": asdict(run.config),
+        "command": sys.argv,
+        "torch": torch.__version__,
+        "data": asdict(run.info),
+        "choice": run.baselines,
+    }
+    try:
+        run.recorder = Recorder(folder, about, run.step, run.config.steps)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error
 
 
 def announce(config, info, ranks, build_model, say):
@@ -487,7 +484,6 @@ def train(
         prepare_model: called with (model, device, dtype) before the first
             step, to swap fast parts into the model; None leaves it plain.
         score_batch: how HellaSwag's rows are scored.
-
     Returns: the last line of metrics.jsonl.
     Raises: InputError for all that the options or the data get wrong.
     """
@@ -511,7 +507,11 @@ def train(
             run.score_batch = score_batch
             open_what_the_end_needs(run)
             on_rank_zero(ranks, open_recorder, run)
-            ended = run_steps(run, signals)
-            return on_rank_zero(ranks, finish, run, ended)
+            try:
+                ended = run_steps(run, signals)
+                return on_rank_zero(ranks, finish, run, ended)
+            finally:
+                if run.recorder is not None:
+                    run.recorder.close()
     finally:
         stop()

@@ -106,13 +106,12 @@ def describe(config, info, model, world_size, device, dtype):
     k = gradient_accumulation_steps(config, world_size)
     N = sum(p.numel() for p in model.parameters())
     tokens = config.steps * config.tokens_per_step
+    flops = tokens * model.flops_per_token(config.sequence_length)
     run = (
         f"{N:,} parameters, {config.steps:,} steps, {tokens:,} tokens: "
-        f"{tokens / info.train_tokens:.2f} epochs of {config.data}"
+        f"{tokens / info.train_tokens:.2f} epochs of {config.data}, "
+        f"{flops:.3g} FLOPs"
     )
-    if hasattr(model, "flops_per_token"):
-        flops = tokens * model.flops_per_token(config.sequence_length)
-        run += f", {flops:.3g} FLOPs"
     step = (
         f"a step: ranks {world_size} x micro batches {k} x rows "
         f"{config.micro_batch_size} x tokens {config.sequence_length} = "
