@@ -134,7 +134,7 @@ MUTANTS = [
         "optimizer.py",
         "ahead = torch._foreach_lerp(gradients, means, momentum)",
         "ahead = means",
-        "test_optimizer.py::test_muon_splits_like_two_optimizers",
+        "test_optimizer.py::test_muon_is_nesterovs",
     ),
     Mutant(
         "a step that is not finite is taken",
@@ -148,7 +148,8 @@ MUTANTS = [
         "trainer.py",
         "    model.eval()\n    for first",
         "    for first",
-        "test_trainer.py",
+        "test_trainer.py::"
+        "test_validation_is_in_eval_mode_and_training_goes_on_in_its_own",
     ),
     # Options that are read and not used
     Mutant(

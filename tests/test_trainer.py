@@ -82,6 +82,17 @@ def test_validation_depends_neither_on_batch_nor_on_ranks(config, data):
     assert model.training
 
 
+def test_validation_is_in_eval_mode_and_training_goes_on_in_its_own(
+    config, data
+):
+    model = build_llama(config, load_dataset_info(data))
+    modes = []
+    model.register_forward_hook(lambda m, *_: modes.append(m.training))
+    loader = ShardLoader(data, "val", 1, 32, shuffle=False)
+    evaluate(model, loader, 2)
+    assert modes == [False, False] and model.training
+
+
 def broken(value):
     """A model whose gradient holds one `value`; the loss is finite."""
     model = LlamaForCausalLM(LlamaConfig(64, 32, 48, 2, 2))

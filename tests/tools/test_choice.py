@@ -13,6 +13,7 @@ from llama_tut.tools.choice import (
     choice_accuracy,
     choice_items,
     choice_scores,
+    exchange_contexts,
 )
 from llama_tut.tools.files import InputError
 
@@ -86,6 +87,10 @@ def test_choice_of_an_oracle_and_of_its_control():
         1,
         0,
     )
+    control = exchange_contexts(items)
+    assert torch.equal(control.options, items.options)
+    for i in range(15):  # each item has the context of another one
+        assert torch.equal(control.contexts[i], items.contexts[i - 1])
     rights = []
     for shift in range(1, 15):
         swapped = items._replace(contexts=items.contexts.roll(shift, 0))
