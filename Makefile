@@ -4,8 +4,8 @@ PY := .venv/bin/python
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick book export execute times exercises mutants \
-  address check bench ablation scaling results clean
+.PHONY: help train test quick book export execute times exercises mutants gpu \
+  address bench ablation scaling results clean
 
 help: ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -51,8 +51,8 @@ exercises: .venv ## list the exercises; each checker must pass the solution and 
 address: .venv ## say where the book lives: Colab and Binder (URL=https://github.com/OWNER/NAME)
 	@$(PY) scripts/address.py $(if $(filter undefined,$(origin URL)),,"$(URL)")
 
-check: .venv ## the quick half of the tests: formatting, export, names
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) scripts/export.py --check
+gpu: .venv ## everything that needs a GPU, in under nine minutes; writes runs/gpu
+	@PYTHONPATH=. $(PY) benchmarks/gpu.py --out runs/gpu
 
 bench: .venv ## speed and memory beside transformers and the harness's way; writes benchmarks/results
 	@$(PY) benchmarks/bench_train.py
