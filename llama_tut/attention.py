@@ -23,11 +23,8 @@ def causal_mask(T, S, device=None):
 def attend(q, k, v, attention_mask=None):
     """Scaled dot product attention -> [B, H, T, C].
 
-    Args:
-        q: queries of the last T of S tokens, [B, H, T, C].
-        k, v: keys and values of all S, [B, K, S, C]; K divides H.
-        attention_mask: bool, True = may read, broadcastable to [B, 1, T, S];
-            it replaces the causal rule.
+    q [B, H, T, C] belongs to the last T of S tokens, k and v [B, K, S, C] to
+    all. `attention_mask`, bool like [B, 1, T, S], replaces the causal rule.
     """
     T, S = q.shape[2], k.shape[2]
     if attention_mask is None and 1 < T < S:  # is_causal counts from key 0
@@ -42,10 +39,7 @@ def attend(q, k, v, attention_mask=None):
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention with rotary positions; config: `LlamaConfig`.
-
-    Source: Ainslie et al., 2023 (arXiv 2305.13245); names of transformers.
-    """
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
     attend = staticmethod(attend)  # an instance may get another: chapter 19
 
@@ -61,18 +55,14 @@ class LlamaAttention(nn.Module):
 
     def init_weights(self, std, output_std, generator=None):
         """Draw the matrices; `output_std` is for o_proj, which writes."""
-        for matrix in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(matrix.weight, std=std, generator=generator)
-        matrix = self.o_proj
-        nn.init.normal_(matrix.weight, std=output_std, generator=generator)
+        for matrix in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            own = output_std if matrix is self.o_proj else std
+            nn.init.normal_(matrix.weight, std=own, generator=generator)
 
     def forward(self, x, cos, sin, attention_mask=None, cache=None):
         """Normalised x [B, T, D] at the T newest positions -> [B, T, D].
 
-        Args:
-            cos, sin: tables of `LlamaRotaryEmbedding` for these positions.
-            attention_mask: as in `attend`; None: causal.
-            cache: this layer's; `update(k, v)` returns all keys and values.
+        `cos` and `sin` are for these positions; `cache` is this layer's.
         """
         shape = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).view(shape).transpose(1, 2)  # [B, H, T, C]
@@ -83,5 +73,4 @@ class LlamaAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)  # [B, K, S, C], [B, K, S, C]
         y = self.attend(q, k, v, attention_mask)  # [B, H, T, C]
-        y = y.transpose(1, 2).flatten(2)  # [B, T, H*C]
-        return self.o_proj(y)  # [B, T, D]
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, T, D]

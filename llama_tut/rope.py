@@ -11,34 +11,28 @@ from torch import nn
 
 
 def inverse_frequencies(config, device=None):
-    """The frequency of each pair in radians a token -> [C/2], float32.
+    """Radians a token by which each pair turns -> [C/2], float32.
 
     Source: Su et al., 2021 (arXiv 2104.09864), section 3.2.
-
-    Args:
-        config: a `LlamaConfig` (reads head_dim, rope_theta, rope_scaling).
-        device: where to make the numbers.
     """
-    C = config.head_dim
+    C, scaling = config.head_dim, config.rope_scaling
     exponent = torch.arange(0, C, 2, device=device).float() / C  # [C/2]
     frequencies = 1.0 / config.rope_theta**exponent  # [C/2]
-    if config.rope_scaling is not None:
-        frequencies = scale_frequencies(
-            frequencies, config.rope_scaling
-        )  # [C/2]
-    return frequencies  # [C/2]
+    if scaling is None:
+        return frequencies  # [C/2]
+    if scaling.rope_type == "linear":  # Chen et al., 2023 (arXiv 2306.15595)
+        return frequencies / scaling.factor  # [C/2]
+    return apply_llama3_scaling(frequencies, scaling)  # [C/2]
 
 
 # The rotation
 
 
 def apply_rotary(x, cos, sin):
-    """Turn each pair (i, i + C/2) of x by its angle; the dtype stays.
+    """Turn each pair (i, i + C/2) of x [B, H, T, C]; the dtype stays.
 
-    Args:
-        x: queries or keys, [B, H, T, C] (any number of heads).
-        cos, sin: float32, [T, C/2], or [B, 1, T, C/2] where each row of the
-            batch has positions of its own.
+    `cos` and `sin` are float32, [T, C/2], or [B, 1, T, C/2] where each row of
+    the batch has positions of its own.
     """
     a, b = x.chunk(2, dim=-1)  # [..., T, C/2], [..., T, C/2]
     first = a * cos - b * sin  # [..., T, C/2]
@@ -51,23 +45,14 @@ def apply_rotary(x, cos, sin):
 
 
 class LlamaRotaryEmbedding(nn.Module):
-    """Tables of cosines and sines for given positions, always float32.
-
-    Holds no tensor: a cast of the model cannot round the frequencies.
-
-    Args:
-        config: a `LlamaConfig`.
-    """
+    """Float32 tables; holds no tensor that a cast of the model could round."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
 
     def forward(self, position_ids):
-        """Integer positions -> cos, sin.
-
-        [T] gives [T, C/2] each; [B, T] gives [B, 1, T, C/2].
-        """
+        """Positions [T] -> cos, sin [T, C/2]; [B, T] -> [B, 1, T, C/2]."""
         if position_ids.dim() == 2:
             position_ids = position_ids[:, None]  # [B, 1, T]
         device = position_ids.device
@@ -80,14 +65,9 @@ class LlamaRotaryEmbedding(nn.Module):
 
 
 def apply_llama3_scaling(frequencies, scaling):
-    """Slow down the pairs that turn too rarely in the original context.
+    """Slow the pairs that turn too rarely in the original context -> [C/2].
 
-    Source: `_compute_llama3_parameters` of transformers, after Meta's Llama
-    3.1; the order of operations is kept, so results are equal bit for bit.
-
-    Args:
-        frequencies: radians a token, [C/2].
-        scaling: a `RopeScaling`.
+    Source: Meta's Llama 3.1, with transformers' order of operations.
     """
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     wavelength = 2 * torch.pi / frequencies  # [C/2]
@@ -95,19 +75,3 @@ def apply_llama3_scaling(frequencies, scaling):
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # [C/2]
     slow = (1 - keep) * frequencies / scaling.factor  # [C/2]
     return slow + keep * frequencies  # [C/2]
-
-
-def scale_frequencies(frequencies, scaling):
-    """Slow the pairs down for a longer context, as the config asks.
-
-    Source: the types "llama3" and "linear" of transformers; linear, which
-    divides each position by the factor, is from Chen et al., 2023 (arXiv
-    2306.15595).
-
-    Args:
-        frequencies: radians a token, [C/2].
-        scaling: a `RopeScaling`.
-    """
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor  # [C/2]
-    return apply_llama3_scaling(frequencies, scaling)  # [C/2]
