@@ -22,7 +22,7 @@ from llama_tut.tools.files import InputError
 
 LEAST = 2  # exercises a chapter
 LEAST_WRONG = 3  # wrong answers an exercise
-FEW_WRONG_ANSWERS_FAIL = False  # or are they only listed?
+FEW_WRONG_ANSWERS_FAIL = True  # or are they only listed?
 
 
 def tagged(notebook, tag):

@@ -8,15 +8,14 @@ import sys
 import venv
 from pathlib import Path
 
+import address
+import export
 import nbformat
 import pytest
 import test_notebooks
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import address  # noqa: E402
-import export  # noqa: E402
 
 URL = "https://github.com/owner/a-book"
 RULES = [

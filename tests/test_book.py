@@ -10,15 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urldefrag
 
+import llama_book
+import map as book_map
 import nbformat
 import pytest
 import yaml
 from docutils import nodes
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "book" / "_ext"), str(ROOT / "book")]
-import llama_book  # noqa: E402
-import map as book_map  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()

@@ -1,11 +1,11 @@
 """Checkers pass the folded solutions, and tell wrong answers what is wrong."""
 
-import importlib.util
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
+import exercises as listing
 import nbformat
 import pytest
 import torch
@@ -16,19 +16,6 @@ from llama_tut.exercises import Hint, describe, expect_close
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def script(name):
-    """A file of scripts/ as a module, as if run from there."""
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / "scripts" / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script("export")  # which the next one imports
-listing = script("exercises")
 TABLE = listing.chapters()
 
 

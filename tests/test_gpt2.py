@@ -6,6 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import ablation
+import grid
 import pytest
 import torch
 from training_setup import tiny_data
@@ -27,9 +29,6 @@ from llama_tut.model import LlamaForCausalLM, flops_per_token
 from llama_tut.tools.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import ablation  # noqa: E402
-import grid  # noqa: E402
 
 ROWS = [*LADDER, TWIN, *BESIDE]
 BASE = LadderConfig(300, 48, 192, 3, 2, 64)

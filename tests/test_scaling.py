@@ -2,10 +2,10 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
+import scaling as grid
 import torch
 
 from llama_tut.scaling import (
@@ -26,9 +26,7 @@ from llama_tut.scaling import (
 from llama_tut.tools.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import scaling as grid  # noqa: E402
 
 V = 2048
 FIELDS = ("floor", "a", "b", "alpha", "beta")
