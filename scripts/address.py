@@ -75,7 +75,8 @@ def configure(text, url):
 
 def is_install(cell):
     """Whether this script has put the cell there."""
-    return TAG in cell.metadata.get("tags", [])
+    mine = cell.source.startswith(CELL.splitlines()[0])
+    return mine and TAG in cell.metadata.get("tags", [])
 
 
 def with_cell(nb, stem, source):
