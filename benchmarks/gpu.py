@@ -549,7 +549,7 @@ def docstrings(part):
 
     The default corpus reads more packages; an image may not have them all.
     """
-    from llama_tut.tools.corpora import python_files, read_docstrings
+    from llama_tut.tools.docs_corpus import python_files, read_docstrings
 
     files = list(python_files(Path(torch.__file__).parent, "torch"))
     files += python_files(Path(os.__file__).parent, "python")

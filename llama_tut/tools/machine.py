@@ -1,4 +1,4 @@
-"""Results: what every result file says beside its numbers, the machine and the versions."""
+"""Machine: what it is, and result files that say on which one they were measured."""
 
 import os
 import platform
@@ -27,6 +27,13 @@ def processor():
     return f"{name[1] if name else 'unknown'} ({', '.join(sets)})"
 
 
+def core_count():
+    """The number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def describe():
     """The machine, the versions, the command and the day, as a dictionary."""
     import torch
@@ -37,9 +44,7 @@ def describe():
         "arguments": sys.argv[1:],
         "date": date.today().isoformat(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": core_count(),
         "gpu": gpu,
         "system": platform.platform(),
         "python": platform.python_version(),

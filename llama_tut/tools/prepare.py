@@ -19,12 +19,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from llama_tut.tools.baselines import bigram_nats, unigram_nats
-from llama_tut.tools.corpora import (
-    default_processes,
-    docs_versions,
-    open_corpus,
-)
+from llama_tut.tools.corpora import open_corpus
 from llama_tut.tools.dataset import DatasetInfo, load_dataset_info
+from llama_tut.tools.docs_corpus import docs_versions
 from llama_tut.tools.files import (
     InputError,
     digest,
@@ -32,6 +29,7 @@ from llama_tut.tools.files import (
     write_atomic,
     write_json,
 )
+from llama_tut.tools.machine import core_count
 from llama_tut.tools.pretrained import cache_folder
 from llama_tut.tools.shards import first_tokens, read_header, write_shard
 from llama_tut.tools.tokenizers import (
@@ -500,7 +498,7 @@ def prepare(corpus, out, processes=None, text_column=None, **options):
     settings, out = Settings(**options), Path(os.path.realpath(out))
     if processes:  # read when `tokenizers` starts its threads
         os.environ["RAYON_NUM_THREADS"] = str(processes)
-    processes = processes or default_processes()
+    processes = processes or core_count()
     with system_errors(out):
         asked = [asdict(settings), *check_tokenizer(settings)]
         text = open_corpus(corpus, settings.val_share, processes, text_column)

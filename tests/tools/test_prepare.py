@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llama_tut.loader import ShardLoader
-from llama_tut.tools import cli, corpora, files, shards, tokenizers
+from llama_tut.tools import cli, docs_corpus, files, shards, tokenizers
 from llama_tut.tools import prepare as tool
 from llama_tut.tools.files import InputError
 
@@ -266,23 +266,25 @@ def test_docs_from_a_few_modules(tmp_path, monkeypatch, prepare):
 
     def few_files():
         for name in names:
-            yield from corpora.python_files(root / name, name)
+            yield from docs_corpus.python_files(root / name, name)
             if (path := root / f"{name}.py").exists():
                 yield f"{name}.py", path
 
-    monkeypatch.setattr(corpora, "docs_files", few_files)
+    monkeypatch.setattr(docs_corpus, "docs_files", few_files)
     for out in ("a", "b"):
         options = ("--corpus", "docs", "--vocab-size", 400)
         assert prepare(*options, "--out", tmp_path / out)[0] == 0
-        monkeypatch.setattr(corpora, "build_docs", None)  # cached from now on
+        monkeypatch.setattr(
+            docs_corpus, "build_docs", None
+        )  # cached from now on
         monkeypatch.setattr(tool, "train_bpe", None)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     info = tool.load_dataset_info(tmp_path / "a")
-    assert set(info.versions) == {"python", *corpora.PACKAGES}
+    assert set(info.versions) == {"python", *docs_corpus.PACKAGES}
     found = read_back(tmp_path / "a")
     texts = found["train"] + found["val"]
     assert len(texts) == len(set(texts)) > 100
-    assert all(len(text) >= corpora.MIN_CHARACTERS for text in texts)
+    assert all(len(text) >= docs_corpus.MIN_CHARACTERS for text in texts)
 
 
 def test_fineweb_edu_without_network(tmp_path, monkeypatch, prepare):
