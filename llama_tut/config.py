@@ -50,6 +50,44 @@ class RopeScaling:
         require(low < high, f"rope low_freq_factor {low} is not below {high}")
 
 
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """All that decides the shape of a LLaMA, with Hugging Face's names.
+
+    Raises:
+        InputError: these numbers do not make a model that can be built.
+    """
+
+    vocab_size: int = option(2048, "V, tokens in the vocabulary")
+    hidden_size: int = option(128, "D, numbers in a token's vector")
+    intermediate_size: int = option(352, "I, hidden neurons of an MLP")
+    num_hidden_layers: int = option(4, "L, blocks on top of each other")
+    num_attention_heads: int = option(2, "H, query heads")
+    num_key_value_heads: int | None = option(None, "K, kv heads (None: H)")
+    head_dim: int | None = option(None, "C, width of a head (None: D/H)")
+    max_position_embeddings: int = option(2048, "longest context in tokens")
+    rms_norm_eps: float = option(1e-5, "added to the mean square in a norm")
+    rope_theta: float = option(10_000.0, "base of the position angles")
+    rope_scaling: RopeScaling | None = option(None, "stretched positions")
+    tie_word_embeddings: bool = option(False, "head uses the embedding")
+    initializer_range: float | None = option(None, "std (None: 0.5/sqrt(D))")
+    bos_token_id: int | None = option(None, "id that starts a text")
+    eos_token_id: int | tuple | None = option(None, "id or ids that end it")
+
+    def __post_init__(self):
+        complete(self)
+        check_config(self)
+
+    @classmethod
+    def from_hf(cls, hf):
+        """Read a transformers config or the dictionary of a config.json."""
+        return cls(**read_hf(hf if isinstance(hf, dict) else hf.to_dict()))
+
+    def to_hf(self):
+        """The dictionary of a config.json; its dtype is left to the writer."""
+        return write_hf(self)
+
+
 # These have no default in Hugging Face's files.
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size")
 NEEDED += ("num_hidden_layers", "num_attention_heads")
@@ -91,44 +129,6 @@ def check_config(c):
     for id in (c.bos_token_id, *(eos if isinstance(eos, tuple) else [eos])):
         whole = isinstance(id, int) and not isinstance(id, bool)
         require(id is None or whole, f"bos_token_id or eos_token_id is {id!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """All that decides the shape of a LLaMA, with Hugging Face's names.
-
-    Raises:
-        InputError: these numbers do not make a model that can be built.
-    """
-
-    vocab_size: int = option(2048, "V, tokens in the vocabulary")
-    hidden_size: int = option(128, "D, numbers in a token's vector")
-    intermediate_size: int = option(352, "I, hidden neurons of an MLP")
-    num_hidden_layers: int = option(4, "L, blocks on top of each other")
-    num_attention_heads: int = option(2, "H, query heads")
-    num_key_value_heads: int | None = option(None, "K, kv heads (None: H)")
-    head_dim: int | None = option(None, "C, width of a head (None: D/H)")
-    max_position_embeddings: int = option(2048, "longest context in tokens")
-    rms_norm_eps: float = option(1e-5, "added to the mean square in a norm")
-    rope_theta: float = option(10_000.0, "base of the position angles")
-    rope_scaling: RopeScaling | None = option(None, "stretched positions")
-    tie_word_embeddings: bool = option(False, "head uses the embedding")
-    initializer_range: float | None = option(None, "std (None: 0.5/sqrt(D))")
-    bos_token_id: int | None = option(None, "id that starts a text")
-    eos_token_id: int | tuple | None = option(None, "id or ids that end it")
-
-    def __post_init__(self):
-        complete(self)
-        check_config(self)
-
-    @classmethod
-    def from_hf(cls, hf):
-        """Read a transformers config or the dictionary of a config.json."""
-        return cls(**read_hf(hf if isinstance(hf, dict) else hf.to_dict()))
-
-    def to_hf(self):
-        """The dictionary of a config.json; its dtype is left to the writer."""
-        return write_hf(self)
 
 
 # Reading a config.json
