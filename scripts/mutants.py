@@ -94,7 +94,7 @@ MUTANTS = [
     # Data
     Mutant(
         "no separator between documents",
-        "tools/prepare.py",
+        "tools/encoding.py",
         "front = np.array([separator], np.uint32)",
         "front = np.array([], np.uint32)",
         "tools/test_prepare.py::"

@@ -16,7 +16,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from llama_tut.loader import ShardLoader
-from llama_tut.tools import cli, docs_corpus, files, shards, tokenizers
+from llama_tut.tools import (
+    cli,
+    data_folder,
+    docs_corpus,
+    encoding,
+    files,
+    shards,
+    tokenizers,
+)
 from llama_tut.tools import prepare as tool
 from llama_tut.tools.files import InputError
 
@@ -137,7 +145,7 @@ def test_two_parts_and_a_stop_anywhere(tmp_path, monkeypatch):
         paths.append(tmp_path / f"{part}.jsonl")
         rows = (json.dumps({"text": t}) for t in documents(120, part))
         paths[-1].write_text("\n".join(rows))
-    monkeypatch.setattr(tool, "GROUP", 2000)
+    monkeypatch.setattr(encoding, "GROUP", 2000)
     options = dict(vocab_size=300, shard_tokens=1500)
     tool.prepare(paths, tmp_path / "whole", 1, **options)
     whole = contents(tmp_path / "whole")
@@ -150,7 +158,7 @@ def test_two_parts_and_a_stop_anywhere(tmp_path, monkeypatch):
         left.pop()
         write(*args)
 
-    for module in (files, shards, tokenizers, tool):
+    for module in (files, shards, tokenizers, encoding, data_folder):
         monkeypatch.setattr(module, "write_atomic", limited)
     stops = 0
     for allowed in range(0, 100, 4):
@@ -397,7 +405,7 @@ def test_disk_full_then_go_on(corpus, tmp_path, monkeypatch):
         return write(*args, **header)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tool, "write_shard", full)
+        patch.setattr(encoding, "write_shard", full)
         with pytest.raises(InputError, match="disk is full.*again"):
             tool.prepare([corpus], tmp_path / "data", 1, **options)
     assert not (tmp_path / "data" / "dataset.json").exists()
@@ -425,9 +433,9 @@ def test_a_real_limit_of_the_system(corpus, tmp_path):
 
 
 def test_long_documents_are_cut_at_line_ends(monkeypatch):
-    monkeypatch.setattr(tool, "PIECE", 100)
+    monkeypatch.setattr(encoding, "PIECE", 100)
     text = "".join(f"a line with number {n}\n" for n in range(50)) + "x" * 300
-    pieces = list(tool.cut_pieces([lambda: [("train", text)]]))
+    pieces = list(encoding.cut_pieces([lambda: [("train", text)]]))
     assert "".join(p.text for p in pieces) == text
     assert [p.starts for p in pieces] == [True] + [False] * (len(pieces) - 1)
     assert max(len(p.text) for p in pieces) <= 100
@@ -591,8 +599,8 @@ def test_max_tokens_within_few_documents(files, tmp_path):
 
 
 def test_max_tokens_does_not_encode_the_rest_of_a_book(tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "PIECE", 2000)
-    monkeypatch.setattr(tool, "GROUP", 2000)
+    monkeypatch.setattr(encoding, "PIECE", 2000)
+    monkeypatch.setattr(encoding, "GROUP", 2000)
     (tmp_path / "a.txt").write_text("".join(documents(300)))
     encoded = []
     call = tokenizers.Encoder.__call__
