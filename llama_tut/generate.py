@@ -40,18 +40,13 @@ class LayerCache:
 
 
 class KVCache(list):
-    """One `LayerCache` a layer: what `LlamaForCausalLM` takes as `cache`.
-
-    Args:
-        config: a `LlamaConfig`; batch_size: B.
-        capacity: the largest number of tokens that a row may reach.
-    """
+    """A `LayerCache` for each layer of a config: the model's `cache`."""
 
     def __init__(self, config, batch_size, capacity, dtype=None, device=None):
         heads, width = config.num_key_value_heads, config.head_dim
         shape = (batch_size, heads, capacity, width)
-        layers = range(config.num_hidden_layers)
-        super().__init__(LayerCache(shape, dtype, device) for _ in layers)
+        for _ in range(config.num_hidden_layers):
+            self.append(LayerCache(shape, dtype, device))
 
     @property
     def length(self):
@@ -73,17 +68,10 @@ class KVCache(list):
 
 
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
-    """What to draw from, after temperature, then top-k, then top-p.
+    """Logits [B, V] -> what to draw from: float32 [B, V], rows of sum 1.
 
-    Args:
-        logits: [B, V].
-        temperature: above 0; divides the logits.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the fewest likeliest tokens whose sum reaches top_p
-            (Holtzman et al., 2019, arXiv 1904.09751).
-
-    Returns:
-        float32 [B, V], each row with sum 1.
+    `temperature` above 0 divides the logits; `top_k` keeps the likeliest;
+    `top_p` keeps the fewest that reach it (Holtzman et al., 2019).
     """
     p = (logits.float() / temperature).softmax(-1)  # [B, V]
     if top_k is None and top_p is None:
@@ -101,10 +89,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
-    """The next token of each row: logits [B, V] -> ids [B].
-
-    Temperature 0 takes the likeliest. Raises InputError at a NaN logit.
-    """
+    """Logits [B, V] -> the next ids [B]; temperature 0: the likeliest."""
     check_finite(logits)
     if temperature == 0:
         return logits.argmax(-1)  # [B]
@@ -116,10 +101,7 @@ def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
 
 
 def left_pad(prompts, pad_id=0):
-    """Lists of ids -> input_ids [B, T], attention_mask [B, T] (True: token).
-
-    The padding stands on the left, so that each row ends in its last token.
-    """
+    """Lists of ids -> ids and mask (True: a token), padded left, [B, T]."""
     T = max(map(len, prompts))
     rows = [[pad_id] * (T - len(p)) + list(p) for p in prompts]
     mask = [[False] * (T - len(p)) + [True] * len(p) for p in prompts]
@@ -129,8 +111,8 @@ def left_pad(prompts, pad_id=0):
 def padded_positions(attention_mask, start=0):
     """Positions and mask of the queries start .. S of left-padded rows.
 
-    attention_mask [B, S], True at tokens -> position_ids [B, T], which count
-    tokens only, and the mask [B, 1, T, S], True where the query may read.
+    attention_mask [B, S] -> position_ids [B, T], which count tokens only,
+    and the mask [B, 1, T, S], True where a query may read a key.
     """
     S = attention_mask.shape[1]
     counted = (attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
@@ -146,11 +128,9 @@ def padded_positions(attention_mask, start=0):
 
 
 def next_logits(model, input_ids, cache, attention_mask=None):
-    """Run T new tokens after those in the cache -> the next logits, [B, V].
+    """Run the tokens [B, T] that the cache lacks -> the next logits [B, V].
 
-    Args:
-        input_ids: [B, T], the tokens that the cache does not hold yet.
-        attention_mask: None, or [B, at least S] of all tokens (`left_pad`).
+    `attention_mask`: None, or [B, at least S], of held tokens and new ones.
     """
     position_ids = mask = None
     if attention_mask is not None:
@@ -198,20 +178,14 @@ def generate(model, input_ids, max_new_tokens=100, **options):
     """Continue each row: input_ids [B, T] -> ids [B, T + new].
 
     Args:
-        max_new_tokens: the most tokens to add. Fewer come when every row has
-            met a stop token.
-        temperature: 0 (the default) takes the likeliest token, above 0
-            samples.
-        top_k, top_p: keep the likeliest tokens only, see `probabilities`.
-        generator: a `torch.Generator`, which makes samples repeatable.
+        temperature: 0 (the default) takes the likeliest token, above 0 draws.
+        top_k, top_p: see `probabilities`; generator: a `torch.Generator`.
         stop_tokens: ids that end a row; a row that has ended repeats its own.
         chunk_size: tokens of the prompt in one pass (None: all).
-        attention_mask: [B, T], False at padding, which must stand on the
-            left (`left_pad` makes both).
+        attention_mask: [B, T], False at padding on the left (`left_pad`).
 
     Raises:
-        InputError: the request cannot work, see `llama_tut.tools.requests`,
-            or the logits are not finite.
+        InputError: the request cannot work, or a logit is not finite.
     """
     tokens = stream(model, input_ids, max_new_tokens, **options)
     return torch.cat([input_ids, *(t[:, None] for t in tokens)], dim=1)
@@ -221,14 +195,9 @@ def generate(model, input_ids, max_new_tokens=100, **options):
 
 
 def prompt_lookup(text, ahead, size=3):
-    """Guess what follows from what followed the newest tokens before.
+    """A list of ids -> `ahead` ids that may follow, or [] (Saxena, 2023).
 
-    Args:
-        text: a list of ids; ahead: how many ids to guess.
-        size: how many of the newest tokens must have occurred before.
-
-    Returns:
-        A list of `ahead` ids, or an empty one. Source: Saxena, 2023.
+    The guess is what followed the newest `size` ids where they stood before.
     """
     for start in range(len(text) - size - 1, -1, -1):
         if text[start : start + size] == text[-size:]:
@@ -243,9 +212,8 @@ class Reader:
     def __init__(self, model, capacity):
         weight = model.output_weight
         self.model, self.device = model, weight.device
-        self.cache = KVCache(
-            model.config, 1, capacity, weight.dtype, weight.device
-        )
+        where = {"dtype": weight.dtype, "device": weight.device}
+        self.cache = KVCache(model.config, 1, capacity, **where)
 
     @torch.no_grad()
     def read(self, tokens, last):
@@ -266,12 +234,8 @@ class Reader:
 def speculate(reader, prompt, ahead=16):
     """Yield the greedy continuation, a list of ids for each pass, without end.
 
-    Source: Leviathan et al., 2022 (arXiv 2211.17192), the greedy case.
-
-    Args:
-        reader: an empty `Reader`, with room for `ahead` + 1 tokens more than
-            are taken; prompt: a list of ids.
-        ahead: the most tokens that are guessed in a round.
+    The reader is empty, and has room for `ahead` + 1 tokens more than are
+    taken. Source: Leviathan et al., 2022 (arXiv 2211.17192), the greedy case.
     """
     text, unread, guesses = list(prompt), list(prompt), []
     while True:
@@ -295,15 +259,9 @@ def stream_guessing(
     ahead=16,
     make_reader=Reader,
 ):
-    """Yield the tokens that `stream` would at temperature 0, ids [1].
+    """One prompt [1, T]: yield what `stream` would at temperature 0, ids [1].
 
-    Args:
-        input_ids: one prompt, [1, T].
-        ahead: see `speculate`.
-        make_reader: (model, capacity) -> a `Reader`, or one like it.
-
-    Raises:
-        InputError: as `stream`; or there is more than one prompt.
+    `make_reader`: (model, capacity) -> a `Reader`, or one like it.
     """
     check_request(model.config, input_ids, max_new_tokens)
     require(len(input_ids) == 1, "guessing takes one prompt at a time")

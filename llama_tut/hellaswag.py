@@ -110,9 +110,8 @@ def read_examples(source=None, limit=None):
 def encode(tokenizer, example):
     """The ids of an example: (context, four endings), as the harness cuts.
 
-    What the tokenizer puts before a text stands before the context; an end
-    of text that it may append does not count. Without a context the endings
-    follow the tokenizer's first special token (BOS, else end of text).
+    Without a context the endings follow the beginning of text, or, where a
+    tokenizer has none, the end of text.
     """
 
     def ids(texts):
@@ -137,7 +136,7 @@ def score_rows(model, items, limit=None):
     """Sums of log-probabilities, one row for each ending.
 
     Args:
-        model: ours, or a transformers model; called with ids [B, T].
+        model: ours, or a transformers model; called with ids [4*B, T].
         items: pairs (context, four endings) of ids, see `encode`.
         limit: the model's context; longer rows lose tokens on the left.
 
@@ -146,7 +145,7 @@ def score_rows(model, items, limit=None):
     """
     device = next(model.parameters()).device
     pairs = [(c, e) for c, endings in items for e in endings]
-    # An ending's last token predicts nothing that counts.
+    # An ending's last token predicts nothing that counts. [-0:] is all.
     rows = [(c + e)[:-1][-(limit or 0) :] for c, e in pairs]
     T = max(map(len, rows))
     filled = [row + [0] * (T - len(row)) for row in rows]
@@ -164,11 +163,7 @@ def score_rows(model, items, limit=None):
 
 
 def predict(example, sums, lengths):
-    """One prediction: a dictionary, ready to become a line of JSON.
-
-    Args:
-        sums: the four log-probabilities; lengths: tokens of the endings.
-    """
+    """One prediction, from four sums and the endings' lengths in tokens."""
 
     def best(divisors):
         means = [s / d for s, d in zip(sums, divisors, strict=True)]
@@ -192,7 +187,14 @@ def score_items(
     score_batch=score_rows,
     progress=False,
 ):
-    """As `score`, for examples that are already tokens (see `encode`)."""
+    """As `score`, for examples that are already tokens (see `encode`).
+
+    Args:
+        batch_size: examples in one pass; None: 4 on a CPU, else 16.
+        score_batch: (model, items, limit) -> four sums an item. The plain
+            way, or `llama_tut.fast.scoring.score_packed`.
+        progress: show a bar, if this is a terminal.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
     check_items(items, limit, model.config.vocab_size)
     if batch_size is None:
@@ -213,23 +215,13 @@ def score_items(
     return predictions
 
 
-def score(
-    model,
-    tokenizer,
-    examples,
-    batch_size=None,
-    score_batch=score_rows,
-    progress=False,
-):
+def score(model, tokenizer, examples, **options):
     """Predict the ending of each example.
 
     Args:
         model: our `LlamaForCausalLM` or a causal model of transformers.
         tokenizer: a transformers tokenizer.
-        batch_size: examples in one pass; None: 4 on a CPU, else 16.
-        score_batch: (model, items, limit) -> four sums an item. The plain
-            way, or `llama_tut.fast.scoring.score_packed`.
-        progress: show a bar, if this is a terminal.
+        options: as in `score_items`.
 
     Returns:
         A list of dictionaries in the order of `examples`: `index`, `label`,
@@ -239,9 +231,7 @@ def score(
         InputError: the model cannot score them, or its logits are NaN.
     """
     items = [encode(tokenizer, example) for example in examples]
-    return score_items(
-        model, examples, items, batch_size, score_batch, progress
-    )
+    return score_items(model, examples, items, **options)
 
 
 # How sure is an accuracy?

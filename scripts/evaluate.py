@@ -113,8 +113,8 @@ def main():
         model,
         tokenizer,
         examples,
-        args.batch_size,
-        score_rows if args.plain else score_packed,
+        batch_size=args.batch_size,
+        score_batch=score_rows if args.plain else score_packed,
         progress=True,
     )
     seconds = time.perf_counter() - start
