@@ -52,18 +52,16 @@ def pack(items):
     """Put each example (see `hellaswag.encode`) into a row. Returns Packed."""
     packed = [pack_row(context, endings) for context, endings in items]
     T = max(len(ids) for ids, *_ in packed)
-    columns = [[], [], []]  # ids, positions, parts
+    table = torch.zeros(3, len(items), T, dtype=torch.long)
     rows, targets, owners = [], [], []
-    for b, ((_, endings), (*lists, places)) in enumerate(
-        zip(items, packed, strict=True)
-    ):
-        for column, entries in zip(columns, lists, strict=True):
-            column.append(entries + [0] * (T - len(entries)))
+    for b, (ids, positions, parts, places) in enumerate(packed):
+        table[:, b, : len(ids)] = torch.tensor([ids, positions, parts])
+        endings = items[b][1]
         for j, (ending, at) in enumerate(zip(endings, places, strict=True)):
             rows += [b * T + place for place in at]
             targets += ending
             owners += [4 * b + j] * len(ending)
-    return Packed(*map(torch.tensor, [*columns, rows, targets, owners]))
+    return Packed(*table, *map(torch.tensor, (rows, targets, owners)))
 
 
 # The mask
