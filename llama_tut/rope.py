@@ -55,9 +55,8 @@ class LlamaRotaryEmbedding(nn.Module):
         """Positions [T] -> cos, sin [T, C/2]; [B, T] -> [B, 1, T, C/2]."""
         if position_ids.dim() == 2:
             position_ids = position_ids[:, None]  # [B, 1, T]
-        device = position_ids.device
-        frequencies = inverse_frequencies(self.config, device)  # [C/2]
-        angle = position_ids[..., None].float() * frequencies  # [..., T, C/2]
+        omega = inverse_frequencies(self.config, position_ids.device)  # [C/2]
+        angle = position_ids[..., None].float() * omega  # [..., T, C/2]
         return angle.cos(), angle.sin()  # [..., T, C/2], [..., T, C/2]
 
 
