@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from llama_tut.tools.files import InputError, read_jsonl, require
-from llama_tut.tools.hub import read_hub
-from llama_tut.tools.prompts import beginning
-from llama_tut.tools.requests import check_finite, check_items
+from llama_tut.tools.predictions import check_items, read_hub
+from llama_tut.tools.prompts import beginning, check_finite
 
 # The text of an example
 

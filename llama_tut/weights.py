@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
+from llama_tut.tools.devices import without_memory
 from llama_tut.tools.files import read_json, require, write_json
-from llama_tut.tools.meta import without_memory
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.tools.safetensors_folder import (
     WHOLE,

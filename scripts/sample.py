@@ -19,12 +19,13 @@ from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import require
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.tools.prompts import (
+    check_request,
+    check_sampling,
     encode_chat,
     encode_prompt,
     stop_tokens,
     text_pieces,
 )
-from llama_tut.tools.requests import check_request, check_sampling
 
 
 def build_parser():

@@ -8,8 +8,8 @@ import transformers
 
 from llama_tut import config as module
 from llama_tut.config import LlamaConfig, RopeScaling
+from llama_tut.tools.devices import without_memory
 from llama_tut.tools.files import InputError
-from llama_tut.tools.meta import without_memory
 
 # Entries of the models' config.json on the Hugging Face hub, without the notes
 # that change nothing. The Llamas are as Meta published them for transformers 4.
