@@ -1,8 +1,5 @@
 # From notebooks/07_block.ipynb by scripts/export.py: edit the notebook.
-"""Decoder layer: attention and MLP, each reads the stream and adds to it.
-
-Letters: B batch, T time, D hidden_size, C head_dim.
-"""
+"""Decoder layer. Letters: B batch, T time, D hidden_size."""
 
 from torch import nn
 
@@ -31,8 +28,6 @@ class LlamaDecoderLayer(nn.Module):
 
     def forward(self, x, cos, sin, attention_mask=None, cache=None):
         """x [B, T, D] -> [B, T, D]; the rest goes to `LlamaAttention`."""
-        read = self.input_layernorm(x)  # [B, T, D]
-        y = self.self_attn(read, cos, sin, attention_mask, cache)  # [B, T, D]
-        x = x + y  # [B, T, D]
-        read = self.post_attention_layernorm(x)  # [B, T, D]
-        return x + self.mlp(read)  # [B, T, D]
+        y = self.input_layernorm(x)  # [B, T, D]
+        x = x + self.self_attn(y, cos, sin, attention_mask, cache)  # [B, T, D]
+        return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, D]
