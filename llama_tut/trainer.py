@@ -32,17 +32,14 @@ def train_step(
         batches: a list of (inputs, targets), each [B, T], on any device.
         max_norm: the gradient is clipped to this norm; 0 does not clip.
         autocast: called for the context of each forward pass.
-        sync: called with whether the micro batch is the step's last, for the
-            context of its forward and backward pass; ranks exchange their
-            gradients in the last one only (chapter 16). None: alone.
+        sync: called with whether the micro batch is the last, gives the
+            context in which ranks exchange gradients. None: alone.
         mean: averages a tensor over ranks. None: alone.
 
-    Returns:
-        The mean loss and the norm of the gradient before clipping.
+    Returns: the mean loss and the norm of the gradient before clipping.
 
-    Raises:
-        FloatingPointError: one of them is not finite on any rank; it is
-            raised on all ranks, and nothing has been changed then.
+    Raises: FloatingPointError, on all ranks, when one of them is not finite
+        on any rank; nothing has been changed then.
     """
     loss = 0.0
     device = next(model.parameters()).device
