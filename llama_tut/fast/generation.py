@@ -16,11 +16,7 @@ from llama_tut.generate import prompt_lookup
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in the order that oneDNN reads: inference on a CPU.
-
-    Args:
-        weight: [O, I], float32 or bfloat16; is copied.
-    """
+    """A linear layer in oneDNN's order, for a CPU; weight [O, I] is copied."""
 
     def __init__(self, weight):
         super().__init__()
@@ -54,14 +50,10 @@ def packed_linear(weight):
 
 
 def pack_weights(model):
-    """Swap the linear layers of a finished model for packed ones, in place.
+    """Swap the linear layers of a `LlamaForCausalLM` for packed ones, in place.
 
-    Args:
-        model: a `LlamaForCausalLM`.
-
-    Returns:
-        The model. It can compute logits, and nothing else, from now on. It is
-        unchanged where `can_pack` says no.
+    Returns the model, which can only compute logits from now on. It is
+    unchanged where `can_pack` says no.
     """
     if not can_pack(model.output_weight):
         return model
@@ -78,32 +70,29 @@ def pack_weights(model):
 
 
 class FastLayer(nn.Module):
-    """A `LlamaDecoderLayer` for one row of text, in few operators.
+    """A copy of a `LlamaDecoderLayer` for one row of text, in few operators.
 
-    Args:
-        layer: the layer whose weights are copied.
-        config: a `LlamaConfig`.
-        linear: makes a linear layer of a weight [O, I].
+    `linear` makes a linear layer of a weight [O, I].
     """
 
     def __init__(self, layer, config, linear):
         super().__init__()
-        a, m = layer.self_attn, layer.mlp
-        self.heads = config.num_attention_heads, config.num_key_value_heads
-        self.width, self.eps = config.head_dim, config.rms_norm_eps
+        attention, mlp = layer.self_attn, layer.mlp
+        self.config = config
         self.gain = layer.input_layernorm.weight
-        qkv = a.q_proj.weight, a.k_proj.weight, a.v_proj.weight
-        self.qkv = linear(torch.cat(qkv))
-        self.out = linear(a.o_proj.weight)
         self.mlp_gain = layer.post_attention_layernorm.weight
-        gate_up = m.gate_proj.weight, m.up_proj.weight
-        self.gate_up = linear(torch.cat(gate_up))
-        self.down = linear(m.down_proj.weight)
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        self.qkv = linear(torch.cat([q.weight, k.weight, v.weight]))
+        self.out = linear(attention.o_proj.weight)
+        gate, up = mlp.gate_proj, mlp.up_proj
+        self.gate_up = linear(torch.cat([gate.weight, up.weight]))
+        self.down = linear(mlp.down_proj.weight)
 
     def forward(self, x, cos, sin, bias, places, keys, values):
         """x [T, D] -> [T, D]; the rest as `FastModel` makes it."""
-        (T, D), (H, K), C = x.shape, self.heads, self.width
-        y = self.qkv(F.rms_norm(x, (D,), self.gain, self.eps))
+        c, (T, D) = self.config, x.shape
+        H, K, C = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        y = self.qkv(F.rms_norm(x, (D,), self.gain, c.rms_norm_eps))
         qk, v = y.view(T, -1, C).split([H + K, K], dim=1)
         qk = (qk * cos + qk.roll(C // 2, -1) * sin).to(x.dtype)
         q, k = qk.transpose(0, 1).split([H, K])  # [H, T, C], [K, T, C]
@@ -113,8 +102,8 @@ class FastLayer(nn.Module):
         y = F.scaled_dot_product_attention(q, keys, values, bias)
         y = y.view(H, T, C).transpose(0, 1).reshape(T, H * C)  # [T, H*C]
         x = x + self.out(y)  # [T, D]
-        y = self.gate_up(F.rms_norm(x, (D,), self.mlp_gain, self.eps))
-        gate, up = y.chunk(2, dim=-1)  # [T, I], [T, I]
+        y = F.rms_norm(x, (D,), self.mlp_gain, c.rms_norm_eps)
+        gate, up = self.gate_up(y).chunk(2, dim=-1)  # [T, I], [T, I]
         return x + self.down(F.silu(gate) * up)  # [T, D]
 
 
@@ -122,20 +111,12 @@ class FastLayer(nn.Module):
 COMPILE = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 
 
-def compiled_step(forward):
-    """Compile a step of weights that never change; sets global `freezing`."""
-    torch._inductor.config.freezing = True
-    return torch.compile(forward, dynamic=False, options=COMPILE)
-
-
 class FastModel(nn.Module):
-    """A finished model, rewritten to read one row of text; no gradients.
+    """A copy of a `LlamaForCausalLM` that reads one row of text.
 
-    Args:
-        model: a `LlamaForCausalLM`, not packed; its matrices are copied.
-        linear, head: make the layers and the head, each of a weight [O, I].
-        compiled: compile `step`, once for each number of tokens and each
-            capacity; sets inductor's global `freezing`. Only `step` is.
+    `linear` and `head` make a layer of a weight [O, I]. With `compiled`,
+    `step` is compiled once for each number of tokens and each capacity,
+    and inductor's global `freezing` is set.
     """
 
     def __init__(
@@ -144,26 +125,28 @@ class FastModel(nn.Module):
         super().__init__()
         body, self.config = model.model, model.config
         self.embeddings = body.embed_tokens.weight
-        self.layers = nn.ModuleList(
-            FastLayer(layer, model.config, linear) for layer in body.layers
-        )
+        layers = [FastLayer(x, self.config, linear) for x in body.layers]
+        self.layers = nn.ModuleList(layers)
         self.norm, self.rotary = body.norm, body.rotary_emb
         self.head = head(model.output_weight)
-        self.step = compiled_step(self.forward) if compiled else self.forward
+        self.step = self.forward
+        if compiled:
+            torch._inductor.config.freezing = True
+            self.step = torch.compile(
+                self.forward, dynamic=False, options=COMPILE
+            )
 
     def forward(self, ids, places, memory, last):
         """ids [T] at places [T] -> logits after the `last` of them.
 
-        Args:
-            places: positions of the tokens, and where `memory` takes them.
-            memory: keys and values [1, K, S, C] of each layer.
+        `memory` holds keys and values [1, K, S, C] of each layer.
         """
         c, S = self.config, memory[0][0].shape[2]
         cos, sin = self.rotary(places)  # [T, C/2], [T, C/2]
         cos = torch.cat([cos, cos], -1)[:, None]  # [T, 1, C]
         sin = torch.cat([-sin, sin], -1)[:, None]  # [T, 1, C]
-        x = self.embeddings[ids]  # [T, D]
         hidden = torch.arange(S, device=ids.device) > places[:, None]  # [T, S]
+        x = self.embeddings[ids]  # [T, D]
         bias = x.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
         bias = bias.repeat(c.num_attention_heads // c.num_key_value_heads, 1)
         for layer, (keys, values) in zip(self.layers, memory, strict=True):
@@ -174,10 +157,8 @@ class FastModel(nn.Module):
 class FastReader:
     """A `generate.Reader` for a `FastModel`, with a draft that guesses.
 
-    Args:
-        model: the `FastModel` that decides.
-        capacity: the most tokens that the memory may hold.
-        draft: a cheaper one of the same shape. None: only the text guesses.
+    The memory holds `capacity` tokens. The draft is a cheaper `FastModel` of
+    the same shape; without one only the text guesses.
     """
 
     def __init__(self, model, capacity, draft=None):
@@ -226,12 +207,9 @@ GROUP = 32  # neighbours that share a step and a middle
 def to_levels(weight):
     """Round each group of a matrix to 16 levels between its extremes.
 
-    Args:
-        weight: [O, I], I a multiple of 32. G groups a row.
-
-    Returns:
-        levels, int32 [O, I], 0 to 15; scales, bfloat16 [G, O, 2]: step and
-        middle. A number is about middle + (level - 8) * step.
+    weight [O, I], I a multiple of 32 -> levels, int32 [O, I], 0 to 15, and
+    scales, bfloat16 [G, O, 2] for G groups a row: step and middle. A number
+    is about middle + (level - 8) * step.
     """
     groups = weight.detach().float().unflatten(1, (-1, GROUP))  # [O, G, 32]
     low, high = groups.aminmax(dim=-1, keepdim=True)  # [O, G, 1]
@@ -243,11 +221,7 @@ def to_levels(weight):
 
 
 class Bfloat16Linear(nn.Module):
-    """A linear layer of bfloat16 weights; x keeps its own dtype.
-
-    Args:
-        weight: [O, I].
-    """
+    """A linear layer of bfloat16 weights [O, I]; x keeps its own dtype."""
 
     def __init__(self, weight):
         super().__init__()
@@ -259,10 +233,9 @@ class Bfloat16Linear(nn.Module):
 
 
 class FourBitLinear(nn.Module):
-    """A linear layer of 16 levels (`to_levels`), for a CPU.
+    """A linear layer of 16 levels, for a CPU.
 
-    Args:
-        weight: [O, I], O a multiple of 16 and I of 32.
+    weight: [O, I], O a multiple of 16 and I of 32.
     """
 
     def __init__(self, weight):
