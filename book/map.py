@@ -30,7 +30,7 @@ STYLE = """
 # x, y, width of a box, its part, its notebook and its words.
 CHAPTERS = [
     (10, 10, 180, "start", "01_tiny", "1 The whole thing, small"),
-    (210, 10, 180, "start", "02_config", "2 Target"),
+    (210, 10, 180, "start", "02_config", "2 The target"),
     (10, 106, 84, "pretrain", "12_tokens", "12 Tokens"),
     (106, 106, 84, "pretrain", "13_loader", "13 Loader"),
     (258, 106, 84, "prove", "09_weights", "9 Weights"),
