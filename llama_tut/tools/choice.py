@@ -48,28 +48,26 @@ def boundary_positions(tokens, line_end, end_of_text):
     return at, document[at]
 
 
-def distractor_positions(boundary, boundaries, draw):
-    """Up to three of `boundaries`, whose windows touch no part of the item."""
-    taken = []
+def cut_item(tokens, boundary, boundaries, draw):
+    """Context, options in a random order, and which is true; or None.
+
+    The three false options are windows that touch neither the item nor each
+    other.
+
+    Args:
+        boundaries: those of the same document.
+    """
+    false = []
     number = min(len(boundaries), 30)
     for place in draw.choice(boundaries, number, replace=False):
         after = place >= boundary + CONTINUATION_TOKENS
         before = place + CONTINUATION_TOKENS <= boundary - CONTEXT_TOKENS
         apart = all(
-            abs(place - other) >= CONTINUATION_TOKENS for other in taken
+            abs(place - other) >= CONTINUATION_TOKENS for other in false
         )
         if (after or before) and apart:
-            taken.append(place)
-    return taken[:3]
-
-
-def cut_item(tokens, boundary, boundaries, draw):
-    """Context, options in a random order, and which is true; or None.
-
-    Args:
-        boundaries: those of the same document.
-    """
-    places = [boundary, *distractor_positions(boundary, boundaries, draw)]
+            false.append(place)
+    places = [boundary, *false[:3]]
     options = np.stack([tokens[p : p + CONTINUATION_TOKENS] for p in places])
     if len(np.unique(options, axis=0)) < 4:
         return None
@@ -85,8 +83,11 @@ def choice_items(tokens, line_end, end_of_text, count, seed=0):
         tokens: ids, int64, with `end_of_text` in front of each document.
         line_end: for each id whether its text has a line break, bool [V].
 
-    Returns: `Choices`.
-    Raises: InputError when the text has not so many items.
+    Returns:
+        `Choices`.
+
+    Raises:
+        InputError: the text has not so many items.
     """
     at, document = boundary_positions(tokens, line_end, end_of_text)
     draw, items = np.random.default_rng(seed), []
@@ -201,7 +202,8 @@ CHOICE_TOKENS = 10_000_000  # of each split
 def read_choices(folder, count):
     """Items of a data folder's validation text: (`Choices`, baselines).
 
-    Raises: InputError as `choice_items`.
+    Raises:
+        InputError: it is no data folder, or its text has not so many items.
     """
     info = load_dataset_info(folder)
     tokenizer = read_tokenizer(Path(folder) / "tokenizer")

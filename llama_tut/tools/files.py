@@ -158,17 +158,15 @@ def read_lines(path, lines, cut_off="refuse"):
             line = line.removeprefix(b"\xef\xbb\xbf")
         if cut_off == "drop" and not line.endswith(b"\n"):
             continue
-        if line.strip():
-            yield number, read_line(path, number, line)
-
-
-def read_line(path, number, line):
-    """The dictionary in one line of a jsonl file. Raises InputError."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}, line {number}: not JSON ({first_line(error)})"
-        ) from error
-    require(isinstance(record, dict), f"{path}, line {number}: no JSON object")
-    return record
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path}, line {number}: not JSON ({first_line(error)})"
+            ) from error
+        require(
+            isinstance(record, dict), f"{path}, line {number}: no JSON object"
+        )
+        yield number, record

@@ -97,7 +97,7 @@ def exit_code(failures):
 
 def problem(args):
     """What torchrun's options get wrong, as one line; None when they fit."""
-    ranks, machines = args.nproc_per_node, machine_count(args)
+    ranks, machines = args.nproc_per_node, args.nnodes.split(":")[-1]
     if ranks not in ("auto", "cpu", "gpu") and not positive(ranks):
         return f"NPROC is {ranks}: take 1 or more ranks"
     if not positive(machines):
@@ -108,11 +108,6 @@ def problem(args):
     if not 0 <= (args.master_port or 0) < 2**16:
         return f"MASTER_PORT is {args.master_port}: take 1024 to 65535"
     return None
-
-
-def machine_count(args):
-    """NNODES as text; of a range such as 1:4 the larger number."""
-    return args.nnodes.split(":")[-1]
 
 
 def positive(text):
@@ -129,7 +124,7 @@ def main():
         sys.exit(2)
     where = f"{args.master_addr}:{args.master_port or 29500}"
     watch_signals()
-    announce_wait(int(machine_count(args)), where)
+    announce_wait(int(args.nnodes.split(":")[-1]), where)  # of 1:4, four
     try:
         run.run(args)
     except ChildFailedError as error:

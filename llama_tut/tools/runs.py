@@ -48,9 +48,10 @@ def lock_folder(folder, resume, wait_s=5):
 
     The kernel takes the lock back when the process ends, however it ends.
 
-    Raises: InputError when the folder cannot be made or read, another process
-        has it, it holds something else than a run, or it holds a run and
-        `resume` is off.
+    Raises:
+        InputError: the folder cannot be made or read, another process has it,
+            it holds something else than a run, or it holds a run and `resume`
+            is off.
     """
     folder = Path(folder)
     try:
@@ -71,7 +72,9 @@ def lock_folder(folder, resume, wait_s=5):
 def check_folder(folder, resume):
     """Refuse a folder of somebody else, and a run that would be overwritten.
 
-    Raises: OSError when it cannot be looked into; InputError.
+    Raises:
+        OSError: it cannot be looked into.
+        InputError: it is not for this run.
     """
     if not folder.is_dir():
         return
@@ -82,7 +85,10 @@ def check_folder(folder, resume):
     if metrics.is_file():
         metrics.open("rb").close()  # readable?
     begun = saved or (metrics.is_file() and metrics.stat().st_size > 0)
-    ours = not inside or metrics.is_file() or is_run(folder)
+    about = folder / "config.json"
+    ours = not inside or metrics.is_file()
+    if not ours and about.is_file():
+        ours = {"config", "data"} <= read_json(about).keys()
     require(
         ours,
         f"{folder} is not empty and holds no training run: choose another "
@@ -93,12 +99,6 @@ def check_folder(folder, resume):
         f"{folder} holds a run already: go on with --resume, or choose "
         "another --out",
     )
-
-
-def is_run(folder):
-    """Whether config.json in the folder is that of a training run."""
-    path = folder / "config.json"
-    return path.is_file() and {"config", "data"} <= read_json(path).keys()
 
 
 def read_metrics(path):
@@ -145,7 +145,11 @@ class Recorder:
         self.bar.update()
 
     def flush(self):
-        """Wait until the lines are on the disk. Raises: InputError."""
+        """Wait until the lines are on the disk.
+
+        Raises:
+            InputError: the disk has refused one of them.
+        """
         with self.noting_problems():
             os.fsync(self.file.fileno())
         require(not self.problem, self.problem)

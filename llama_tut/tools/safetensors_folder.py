@@ -80,16 +80,6 @@ def refuse_other_formats(folder):
     raise InputError(f"{folder} holds no {WHOLE}: get it again")
 
 
-def open_file(path):
-    """Open a safetensors file and check its header. Raises InputError."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({error}): get it again"
-        ) from error
-
-
 def tensor_table(folder):
     """{name: Stored} of all tensors in a Hugging Face folder; none is read.
 
@@ -101,7 +91,14 @@ def tensor_table(folder):
     """
     table = {}
     for path in weight_files(Path(folder)):
-        with open_file(path) as file:
+        try:
+            opened = safe_open(path, framework="pt")  # checks the header
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path} is not a whole safetensors file ({error}): get it "
+                "again"
+            ) from error
+        with opened as file:
             names = file.offset_keys()  # in the order of their bytes
             tensors = [file.get_tensor(name) for name in names]
         # The data begins where the header ends, and it has no gaps.
@@ -123,20 +120,18 @@ def read_tensors(table, names, dtype=None, device=None):
         with open(path, "rb") as file:
             for name in names:
                 stored, where, offset = table[name]
-                if where == path:
-                    file.seek(offset)
-                    yield name, read_tensor(file, stored, piece, dtype, device)
-
-
-def read_tensor(file, stored, piece, dtype, device):
-    """Read what `stored` maps from the open file, cast and moved."""
-    kind, size = stored.dtype, stored.dtype.itemsize
-    result = torch.empty(stored.shape, dtype=dtype or kind, device=device)
-    for part in result.view(-1).split(len(piece) // size):
-        numbers = piece[: len(part) * size]
-        file.readinto(numbers.numpy())
-        part.copy_(numbers.view(kind))
-    return result
+                if where != path:
+                    continue
+                file.seek(offset)
+                result = torch.empty(
+                    stored.shape, dtype=dtype or stored.dtype, device=device
+                )
+                size = stored.dtype.itemsize
+                for part in result.view(-1).split(len(piece) // size):
+                    numbers = piece[: len(part) * size]
+                    file.readinto(numbers.numpy())
+                    part.copy_(numbers.view(stored.dtype))
+                yield name, result
 
 
 @contextlib.contextmanager

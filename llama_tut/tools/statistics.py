@@ -13,7 +13,8 @@ def t_interval(values, level=0.95):
         values: one number a run, two or more.
         level: how often such an interval holds the true mean.
 
-    Returns: two floats; the interval is mean - half to mean + half.
+    Returns:
+        Two floats; the interval is mean - half to mean + half.
     """
     values = np.asarray(values, dtype=float)
     half = stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1)
@@ -38,7 +39,8 @@ def unpaired_interval(first, second, level=0.95):
     Args:
         first, second: one number a run, two or more in each.
 
-    Returns: mean(first) - mean(second), and half of the interval.
+    Returns:
+        mean(first) - mean(second), and half of the interval.
     """
     found = stats.ttest_ind(first, second, equal_var=False)
     low, high = found.confidence_interval(level)

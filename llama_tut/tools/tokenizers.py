@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def byte_level(model):
 # Training
 
 
-LONGEST_WORD = 1000
+LONGEST_WORD = 1000  # letters without a space
 
 
 def cut_long_words(text, limit=LONGEST_WORD):
@@ -240,16 +241,15 @@ class Encoder:
             shares = (
                 texts[n : n + share] for n in range(0, len(texts), share)
             )
-            found = self.pool.map(self.encode_share, shares)
+            # A special token that a document spells stays text.
+            encode = partial(
+                self.tiktoken.encode_to_numpy, disallowed_special=()
+            )
+            found = self.pool.map(lambda s: list(map(encode, s)), shares)
             return list(itertools.chain.from_iterable(found))
         encode = self.tokenizer.encode_batch_fast
         found = encode(texts, add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in found]
-
-    def encode_share(self, texts):
-        """The ids of texts by tiktoken; special tokens stay text."""
-        encode = self.tiktoken.encode_to_numpy
-        return [encode(text, disallowed_special=()) for text in texts]
 
     def cut(self, text, count):
         """The beginning of a text, some `count` tokens long."""
