@@ -71,12 +71,7 @@ class TrainConfig:
                 high = f"{flag(name)} must be at most {most}, not {value}"
                 require(not value > most, high)
                 require(value >= least, low)
-        for one in fields(self):
-            value, allowed = getattr(self, one.name), choices(one)
-            require(
-                not allowed or value in allowed,
-                f"{flag(one.name)} {value!r}: take {' or '.join(allowed)}",
-            )
+        check_choices(self)
         short = self.choice and self.sequence_length < ITEM_TOKENS
         require(
             not short,
@@ -101,6 +96,20 @@ AT_MOST = {
     "vocab_multiple": 2**20,
     "samples": 1000,
 }
+
+
+def check_choices(config):
+    """Refuse a value that its field does not list.
+
+    Raises:
+        InputError: it names the option and what it allows.
+    """
+    for one in fields(config):
+        value, allowed = getattr(config, one.name), choices(one)
+        require(
+            not allowed or value in allowed,
+            f"{flag(one.name)} {value!r}: take {' or '.join(allowed)}",
+        )
 
 
 def choices(one):
@@ -202,6 +211,10 @@ def started_with(out):
 
     An option that a newer version of this program has added takes its
     default.
+
+    Raises:
+        InputError: the folder's config.json is not that of a run, or holds an
+            option that this version does not know.
     """
     path = Path(out) / "config.json"
     if not out or not path.is_file():
