@@ -1,6 +1,5 @@
 # From notebooks/08_model.ipynb by scripts/export.py: edit the notebook.
-"""The whole model, its loss and its cost. Letters: B batch, T time, L layers,
-D hidden_size, H heads, C head_dim, V vocabulary."""
+"""The whole model. Letters: B batch, T time, D hidden_size, V vocabulary."""
 
 import torch
 from torch import nn
@@ -55,9 +54,9 @@ class LlamaForCausalLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.model = config, LlamaModel(config)
-        if not config.tie_word_embeddings:
-            D, V = config.hidden_size, config.vocab_size
-            self.lm_head = nn.Linear(D, V, bias=False)
+        D, V = config.hidden_size, config.vocab_size
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(D, V, bias=False)
         self.init_weights()
 
     def init_weights(self, generator=None):
@@ -67,14 +66,13 @@ class LlamaForCausalLM(nn.Module):
         nn.init.normal_(body.embed_tokens.weight, std=std, generator=generator)
         for part in (*body.layers, body.norm):
             part.init_weights(std, writes, generator)
-        if not self.config.tie_word_embeddings:
+        if self.lm_head is not None:
             nn.init.normal_(self.lm_head.weight, std=std, generator=generator)
 
     @property
     def output_weight(self):
         """The head's matrix, [V, D]; in a tied model the embedding."""
-        tied, body = self.config.tie_word_embeddings, self.model
-        return (body.embed_tokens if tied else self.lm_head).weight  # [V, D]
+        return (self.lm_head or self.model.embed_tokens).weight  # [V, D]
 
     def head(self, x):
         """The normalised stream, [..., D], to logits, [..., V]."""
@@ -102,9 +100,8 @@ def parameter_count(config, embeddings=True):
 
 
 def flops_per_token(config, sequence_length, training=True):
-    """FLOPs for each token: 2N + 4LTHC, and three times that to train."""
+    """FLOPs a token, 2N + 4LTHC (N: matrices and head); times 3 to train."""
     c, D, L = config, config.hidden_size, config.num_hidden_layers
-    norms = (2 * L + 1) * D
-    N = parameter_count(c, embeddings=False) - norms + c.vocab_size * D
+    N = parameter_count(c, False) - (2 * L + 1) * D + c.vocab_size * D
     reads = 4 * L * sequence_length * c.num_attention_heads * c.head_dim
     return (2 * N + reads) * (3 if training else 1)
