@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 
 from llama_tut.tools.cli import Parser, run
-from llama_tut.tools.files import InputError
+from llama_tut.tools.files import require
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "remove-cell"
@@ -54,11 +54,11 @@ def checked(url):
         InputError: it is no address of a repository on GitHub.
     """
     short = url.strip().removesuffix("/").removesuffix(".git")
-    if short and not ADDRESS.fullmatch(short):
-        raise InputError(
-            f"{url!r} is no address of a repository: "
-            "give https://github.com/OWNER/NAME, or '' to take it back"
-        )
+    require(
+        not short or ADDRESS.fullmatch(short),
+        f"{url!r} is no address of a repository: "
+        "give https://github.com/OWNER/NAME, or '' to take it back",
+    )
     return short
 
 
@@ -68,8 +68,7 @@ def configure(text, url):
         value = values[bool(url)].format(url=url)
         line = rf"^(  {key}:).*$"
         text, count = re.subn(line, rf"\1 {value}", text, flags=re.M)
-        if count != 1:
-            raise InputError(f"_config.yml has {count} lines {key!r}, not 1")
+        require(count == 1, f"_config.yml has {count} lines {key!r}, not 1")
     return text
 
 

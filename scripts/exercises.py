@@ -18,7 +18,7 @@ from export import NOTEBOOKS, module_path, modules
 
 from llama_tut import exercises
 from llama_tut.tools.cli import Parser, run
-from llama_tut.tools.files import InputError
+from llama_tut.tools.files import require
 
 LEAST = 2  # exercises a chapter
 LEAST_WRONG = 3  # wrong answers an exercise
@@ -137,11 +137,11 @@ def main():
     args = parser.parse_args()
     table = chapters()
     unknown = set(args.chapters) - set(table)
-    if unknown:
-        raise InputError(
-            f"no chapter {', '.join(sorted(unknown))}: "
-            f"choose from {', '.join(table)}"
-        )
+    require(
+        not unknown,
+        f"no chapter {', '.join(sorted(unknown))}: "
+        f"choose from {', '.join(table)}",
+    )
     found = []
     for name in args.chapters or table:
         found += faults(*table[name])

@@ -7,7 +7,7 @@ python scripts/prepare.py --corpus a.txt b.jsonl --tokenizer gpt2 --out data/min
 import time
 
 from llama_tut.tools.cli import Parser, run
-from llama_tut.tools.files import InputError
+from llama_tut.tools.files import require
 from llama_tut.tools.prepare import prepare
 
 
@@ -62,8 +62,10 @@ def main():
     options = parse()
     corpus, out = options.pop("corpus"), options.pop("out")
     processes = options["processes"]
-    if processes is not None and not 1 <= processes <= 1024:
-        raise InputError("--processes: must be from 1 to 1024")
+    require(
+        processes is None or 1 <= processes <= 1024,
+        "--processes: must be from 1 to 1024",
+    )
     if len(corpus) == 1 and corpus[0] in ("docs", "fineweb-edu"):
         corpus = corpus[0]
     start = time.perf_counter()

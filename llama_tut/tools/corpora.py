@@ -56,6 +56,9 @@ def split_corpus(source, readers, share):
 
     Whole documents are held out, chosen by their hash; where there are fewer
     than 100, the end of each.
+
+    Raises:
+        InputError: there is no text in it.
     """
     texts = itertools.chain.from_iterable(read() for read in readers)
     first = list(itertools.islice(texts, FEW))
@@ -127,6 +130,9 @@ def open_corpus(corpus, val_share=None, processes=None, text_column=None):
             FineWeb-Edu.
         processes: workers that read docstrings.
         text_column: the field or column of files that holds the text.
+
+    Raises:
+        InputError: it cannot be read, or has no such option.
     """
     if corpus in ("docs", "fineweb-edu"):
         require(not text_column, "text_column: only of jsonl and parquet")

@@ -52,7 +52,11 @@ def check_folder(out, ours=()):
 
 
 def begin(out, key):
-    """Note what the folder will hold, or find the same note in it."""
+    """Note what the folder will hold, or find the same note in it.
+
+    Raises:
+        InputError: it is on the way to another data set, and has come far.
+    """
     note = out / NOTE
     if note.exists() and note.read_text() != key:
         require(

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.overrides import TorchFunctionMode
 
-from llama_tut.tools.files import InputError
+from llama_tut.tools.files import require
 
 
 def matmul_dtype(name, device):
@@ -55,14 +55,16 @@ def choose_device(name="auto", local_rank=0, ranks_here=1):
     if name == "auto":
         alone = mps and ranks_here == 1
         name = "cuda" if gpus else "mps" if alone else "cpu"
-    if name not in ("cpu", "cuda", "mps"):
-        raise InputError(f"device {name!r}: take auto, cpu, cuda or mps")
+    require(
+        name in ("cpu", "cuda", "mps"),
+        f"device {name!r}: take auto, cpu, cuda or mps",
+    )
     found = {"cpu": ranks_here, "cuda": gpus, "mps": int(mps)}[name]
-    if found < ranks_here:
-        raise InputError(
-            f"device {name}: {ranks_here} wanted, {found} found; "
-            "take device cpu, or start fewer ranks"
-        )
+    require(
+        found >= ranks_here,
+        f"device {name}: {ranks_here} wanted, {found} found; take device cpu, "
+        "or start fewer ranks",
+    )
     return torch.device(name, local_rank if name == "cuda" else None)
 
 

@@ -37,7 +37,11 @@ DOCS_RULES = 1  # raise it when a rule of cleaning or splitting changes
 
 
 def docs_versions():
-    """{name: version} of Python and of the packages of the corpus."""
+    """{name: version} of Python and of the packages of the corpus.
+
+    Raises:
+        InputError: a package is not installed.
+    """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

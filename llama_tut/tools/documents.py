@@ -154,7 +154,15 @@ def kind_of(path):
 
 
 def read_documents(path, column="text"):
-    """The documents of one file that are not blank, as valid Unicode."""
+    """The documents of one file that are not blank, as valid Unicode.
+
+    Args:
+        column: the field of jsonl, or the column of parquet, with the text.
+
+    Raises:
+        InputError: the file cannot be read; with the line or row where it
+            holds no text.
+    """
     for text in READERS.get(kind_of(path), read_text)(path, column):
         if text and not text.isspace():
             # JSON can spell half of a surrogate pair, which UTF-8 cannot.
@@ -169,6 +177,9 @@ def find_files(paths):
 
     Folders are searched to the bottom, linked ones too. Hidden names, empty
     files and other kinds of file are left out, and a line says how many.
+
+    Raises:
+        InputError: nothing is there, it cannot be read, or it is a table.
     """
     found, left_out = [], Counter()
     for path in map(Path, paths):
@@ -253,7 +264,11 @@ def told(left_out):
 
 
 def hash_file(path):
-    """`digest` of a file's bytes, however large it is."""
+    """blake2b of a file's bytes, however large it is.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()

@@ -18,6 +18,8 @@ from torch.distributed import DistNetworkError, DistStoreError, run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from llama_tut.tools.files import first_line
+
 SILENCE_S = 10  # a wait that is longer is announced
 signals = []
 
@@ -116,6 +118,7 @@ def positive(text):
 
 
 def main():
+    """torchrun with these arguments; exits as the module says."""
     logging.disable(logging.ERROR)  # the workers have said it already
     ours = ["--signals-to-handle=SIGUSR2", "--shutdown-timeout=10"]
     args = run.parse_args([*ours, *sys.argv[1:]])
@@ -137,7 +140,7 @@ def main():
                 "on all machines"
             )
             sys.exit(2)
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         say(f"error: no contact between the machines at {where}: {reason}")
         sys.exit(1)
 

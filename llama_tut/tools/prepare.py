@@ -125,6 +125,9 @@ def make_tokenizer(settings, corpus, folder):
 
     Returns:
         Its `tokenizers` object and V.
+
+    Raises:
+        InputError: V is too small for the tokenizer.
     """
     name = settings.tokenizer
     if name == "bpe":
@@ -185,7 +188,11 @@ def fill_folder(folder, settings, corpus, processes):
 
 
 def describe(folder, settings, corpus, key, known):
-    """Measure the baselines and write dataset.json."""
+    """Measure the baselines and write dataset.json.
+
+    Raises:
+        InputError: a split has no text.
+    """
     for split in ("train", "val"):
         require(
             known[f"{split}_tokens"] >= 2,

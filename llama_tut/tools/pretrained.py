@@ -66,9 +66,10 @@ def read_gguf(gguf):
         "it stretches its positions in a way that is lost when a GGUF is "
         "read: use the model's safetensors folder",
     )
-    source = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **source)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = LlamaConfig.from_hf(model.config)
     eps = float(str(float32(config.rms_norm_eps)))
     return model, tokenizer, dataclasses.replace(config, rms_norm_eps=eps)
@@ -188,7 +189,11 @@ def hub_reason(error):
 
 
 def from_hub(name):
-    """Download a model's config, weights and tokenizer from the hub."""
+    """Download a model's config, weights and tokenizer from the hub.
+
+    Raises:
+        InputError: `hub_reason` says what to do.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

@@ -164,6 +164,7 @@ class Recorder:
             self.problem = self.problem or reason
 
     def close(self):
+        """Close the files, and clear the bar away."""
         for one in (self.bar, self.file, self.board):
             with self.noting_problems(), suppress(BrokenPipeError):
                 one.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_tut.tools.files import InputError, digest, write_atomic
+from llama_tut.tools.files import InputError, digest, require, write_atomic
 
 MAGIC = b"LLAMATUT"
 VERSION = 1
@@ -30,9 +30,17 @@ class Shard:
 def pack_header(shard):
     """A `Shard` as 128 bytes, little-endian."""
     width = np.dtype(shard.dtype).itemsize
-    numbers = shard.version, width, shard.count, shard.vocab_size, 0
-    names = bytes.fromhex(shard.tokenizer), bytes.fromhex(shard.checksum)
-    return LAYOUT.pack(MAGIC, *numbers, shard.bytes, *names)
+    return LAYOUT.pack(
+        MAGIC,
+        shard.version,
+        width,
+        shard.count,
+        shard.vocab_size,
+        0,
+        shard.bytes,
+        bytes.fromhex(shard.tokenizer),
+        bytes.fromhex(shard.checksum),
+    )
 
 
 def write_shard(path, tokens, vocab_size, tokenizer, text_bytes):
@@ -63,20 +71,32 @@ def read_header(path):
             size = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    if not size:
-        raise InputError(f"{path}: the shard is empty; prepare it again")
-    if size < LAYOUT.size or head[:8] != MAGIC:
-        raise InputError(f"{path}: this file is not a shard of tokens")
-    _, version, width, count, V, _, text, *names = LAYOUT.unpack(head)
-    if version != VERSION or width not in (2, 4):
-        raise InputError(f"{path}: a shard of another version, {version}")
-    if size != LAYOUT.size + width * count:
-        raise InputError(
-            f"{path}: the shard is truncated ({size:,} bytes instead of "
-            f"{LAYOUT.size + width * count:,}); prepare it again"
-        )
-    names = (name.hex() for name in names)
-    return Shard(f"uint{8 * width}", count, V, text, *names)
+    require(size, f"{path}: the shard is empty; prepare it again")
+    require(
+        size >= LAYOUT.size and head[:8] == MAGIC,
+        f"{path}: this file is not a shard of tokens",
+    )
+    fields = LAYOUT.unpack(head)
+    _, version, width, count, vocab_size, _, text_bytes, *hashes = fields
+    require(
+        version == VERSION and width in (2, 4),
+        f"{path}: a shard of another version, {version}",
+    )
+    expected = LAYOUT.size + width * count
+    require(
+        size == expected,
+        f"{path}: the shard is truncated ({size:,} bytes instead of "
+        f"{expected:,}); prepare it again",
+    )
+    tokenizer, checksum = (value.hex() for value in hashes)
+    return Shard(
+        dtype=f"uint{8 * width}",
+        count=count,
+        vocab_size=vocab_size,
+        bytes=text_bytes,
+        tokenizer=tokenizer,
+        checksum=checksum,
+    )
 
 
 def open_shard(path, verify=True):
@@ -91,19 +111,19 @@ def open_shard(path, verify=True):
         return shard, np.zeros(0, dtype)
     tokens = np.memmap(path, dtype, "r", LAYOUT.size, (shard.count,))
     blank = Shard(*astuple(shard)[:5])
-    if verify and digest(pack_header(blank), tokens) != shard.checksum:
-        raise InputError(
-            f"{path}: the shard is corrupted (its checksum differs); prepare "
-            "it again"
-        )
+    require(
+        not verify or digest(pack_header(blank), tokens) == shard.checksum,
+        f"{path}: the shard is corrupted (its checksum differs); prepare it "
+        "again",
+    )
     return shard, tokens
 
 
-FLOOR_TOKENS = 50_000_000
+FLOOR_TOKENS = 50_000_000  # enough for the losses of counting
 
 
 def first_tokens(folder, split, limit=FLOOR_TOKENS):
-    """The first `limit` ids of a split, int64: enough for the floors."""
+    """The first `limit` ids of a split of a data folder, int64."""
     parts, left = [], limit
     for path in sorted(Path(folder).glob(f"{split}_*.bin")):
         parts.append(open_shard(path, verify=False)[1][:left])

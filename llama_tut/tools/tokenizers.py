@@ -131,7 +131,11 @@ def tokenizer_from_ranks(ranks):
 
 
 def load_tiktoken():
-    """tiktoken's GPT-2 encoding, from its cache or from the network."""
+    """tiktoken's GPT-2 encoding, from its cache or from the network.
+
+    Raises:
+        InputError: it is in neither.
+    """
     import tiktoken  # a machine that only trains need not have it
 
     try:
@@ -200,6 +204,9 @@ def separator_id(folder, tokenizer):
 
     `<|endoftext|>` where the vocabulary has it (GPT-2, SmolLM2, our own), or
     Llama 3's `<|begin_of_text|>`, or else the folder's bos or eos token.
+
+    Raises:
+        InputError: the vocabulary has none of them.
     """
     names = [END_OF_TEXT, "<|begin_of_text|>"]
     path = Path(folder) / "tokenizer_config.json"
