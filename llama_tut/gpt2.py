@@ -17,7 +17,8 @@ from llama_tut.config import option
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.pretraining import llama_config
 from llama_tut.rope import LlamaRotaryEmbedding
-from llama_tut.tools.files import InputError, require
+from llama_tut.tools.files import require
+from llama_tut.tools.gpt2_weights import check_gpt2, translate_gpt2
 from llama_tut.tools.options import check_choices
 
 # The switches
@@ -64,10 +65,7 @@ class LadderConfig:
 
 
 class LearnedPositions(nn.Module):
-    """Embedding of a token plus a learned vector of its position.
-
-    Positions start at 0: it works without a cache only.
-    """
+    """Embedding plus a learned vector of the position; without a cache."""
 
     def __init__(self, config):
         super().__init__()
@@ -85,7 +83,7 @@ class LearnedPositions(nn.Module):
 
 
 class NoRotation(LlamaRotaryEmbedding):
-    """Tables that turn nothing: every token stands at position 0."""
+    """Tables that rotate nothing: every token stands at position 0."""
 
     def forward(self, position_ids):
         """Positions -> cos 1 and sin 0, shapes as in the class above it."""
@@ -94,13 +92,10 @@ class NoRotation(LlamaRotaryEmbedding):
 
 # MLP: two matrices
 
-
-def relu2(x):
-    """The square of the positive part; same shape."""
-    return F.relu(x).square()  # [..., I]
-
-
-ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "relu2": relu2}
+ACTIVATIONS = {
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),  # [..., I]
+}
 
 
 class PlainMLP(nn.Module):
@@ -182,52 +177,11 @@ class LadderForCausalLM(LlamaForCausalLM):
 
 # Check: equal to transformers' GPT-2
 
-GPT2_NAMES = {
-    "wte": "embed_tokens",
-    "wpe.weight": "embed_tokens.positions",
-    "ln_f": "norm",
-    "h.": "layers.",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
-
-
-def rename_gpt2(name):
-    """A name in transformers' GPT-2 -> the name in our model."""
-    for theirs, ours in GPT2_NAMES.items():
-        name = name.replace(theirs, ours)
-    return name.replace("transformer.", "model.")
-
-
-GPT2_BUILT = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-}
-
-
-def check_gpt2(config):
-    """Refuse a variant that is not built here. Raises: InputError."""
-    for name, built in GPT2_BUILT.items():
-        found = getattr(config, name)
-        require(
-            found == built,
-            f"config has {name} = {found!r}; this book builds only {built!r}",
-        )
-
 
 def from_gpt2(theirs):
     """Our model with the weights of a transformers `GPT2LMHeadModel`.
 
-    `GPT2LMHeadModel.from_pretrained("gpt2")` gives OpenAI's, online.
-
-    Raises:
-        InputError: its config asks for something that is not built here.
+    Raises: InputError where its config asks for what is not built here.
     """
     c = theirs.config
     check_gpt2(c)
@@ -241,19 +195,7 @@ def from_gpt2(theirs):
             max_position_embeddings=c.n_positions,
         )
     )
-    state = {}
-    for name, w in theirs.state_dict().items():
-        if name.endswith((".attn.bias", ".masked_bias", "lm_head.weight")):
-            continue  # masks of old versions, and the embedding again
-        if ".c_" in name and name.endswith("weight"):
-            w = w.T  # stored as [inputs, outputs]
-        if ".c_attn." in name:
-            for letter, piece in zip("qkv", w.chunk(3), strict=True):
-                own = name.replace("attn.c_attn", f"self_attn.{letter}_proj")
-                state[rename_gpt2(own)] = piece
-        else:
-            state[rename_gpt2(name)] = w
-    model.load_state_dict(state)
+    model.load_state_dict(translate_gpt2(theirs.state_dict()))
     return model
 
 
@@ -295,10 +237,8 @@ TWIN = "tied twin"
 
 def changes_of(name):
     """All that a row changes. Raises: InputError for an unknown row."""
-    names, known = list(LADDER), [*LADDER, *BESIDE]
-    if name not in known:
-        known.append(TWIN)
-        raise InputError(f"row {name!r}: take {', '.join(known)}")
+    names, known = list(LADDER), ", ".join([*LADDER, *BESIDE, TWIN])
+    require(name in {**LADDER, **BESIDE}, f"row {name!r}: take {known}")
     last = name if name in LADDER else names[-1]
     changes = {}
     for each in names[: names.index(last) + 1]:
@@ -307,14 +247,7 @@ def changes_of(name):
 
 
 def rung(name, base):
-    """The `LadderConfig` of a row.
-
-    Args:
-        name: a key of LADDER or BESIDE, or TWIN.
-        base: the GPT-2 that the ladder starts from.
-
-    Raises: InputError for an unknown row.
-    """
+    """The `LadderConfig` of a row, on the ladder that starts from `base`."""
     if name == TWIN:
         untied, tied = rung("untied head", base), rung("no biases", base)
         deeper = replace(tied, num_hidden_layers=tied.num_hidden_layers + 2)

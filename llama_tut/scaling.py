@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import least_squares
-from scipy.special import logsumexp, softmax
 from torch.nn import functional as F
 
 from llama_tut.tools.devices import PEAKS
-from llama_tut.tools.files import require
+from llama_tut.tools.law_fit import descend
+from llama_tut.tools.plans import MEMORY, Plan, check_plan
 
 # By hand: where to spend it
 
@@ -57,12 +56,8 @@ class Law:
 def isoflop_minima(compute, sizes, losses):
     """The lowest point of each slice: parabolas in ln N of one curvature.
 
-    Args:
-        compute: [n], the slice of each run in FLOPs.
-        sizes: [n], parameters; losses: [n] or [R, n].
-
-    Returns: slices [S] in FLOPs, best sizes [..., S], lowest losses [..., S],
-        curvature [...].
+    compute, the slice of each run in FLOPs [n], sizes [n], losses [..., n]
+    -> slices [S], best sizes [..., S], lowest losses [..., S], curvature [...]
     """
     slices, own = compute.unique(return_inverse=True)
     own = F.one_hot(own, len(slices)).double()
@@ -82,10 +77,7 @@ def isoflop_minima(compute, sizes, losses):
 def fit_power(x, y):
     """y = scale * x ** exponent, by least squares of the logarithms.
 
-    Args:
-        x: [n]; y: [..., n]. Both are positive.
-
-    Returns: scale [...], exponent [...].
+    x [n], y [..., n], both positive -> scale [...], exponent [...]
     """
     u, v = x.log(), y.log()
     u = u - u.mean()
@@ -125,11 +117,7 @@ class Frontier:
 
 
 def fit_frontier(compute, sizes, losses):
-    """A Frontier of runs: slice, parameters and loss of each.
-
-    Args:
-        compute, sizes: [n]; losses: [n], or [R, n] for R fits.
-    """
+    """A Frontier of runs: compute, sizes [n], losses [n] or [R, n]."""
     slices, best, lowest, curvature = isoflop_minima(compute, sizes, losses)
     laws = fit_power(slices, best), fit_power(slices, lowest)
     return Frontier(*laws, curvature)
@@ -139,12 +127,8 @@ def fit_frontier(compute, sizes, losses):
 
 
 def redraw(residuals, repeats, source, spent=5):
-    """Residuals as another grid might have had them: [repeats, n + 1].
-
-    Args:
-        residuals: [n], around `spent` fitted numbers.
-        source: a `torch.Generator`.
-    """
+    """Residuals [n], around `spent` fitted numbers, as another grid might
+    have had them: [repeats, n + 1]."""
     n = len(residuals)
     normal = torch.randn(repeats, n - spent, generator=source).double()
     size = (n / normal.square().sum(1, keepdim=True)).sqrt()
@@ -155,8 +139,8 @@ def redraw(residuals, repeats, source, spent=5):
 def bootstrap_frontier(compute, sizes, losses, repeats=1000, seed=0):
     """Frontiers of redrawn grids: fitted losses with residuals of others.
 
-    Returns: a Frontier with fields [R], and a further residual of each draw,
-        [R], for a run that is not in the grid. R is `repeats`.
+    Returns a Frontier with fields [R], R repeats, and a further residual of
+    each draw, [R], for a run that is not in the grid.
     """
     fitted = fit_frontier(compute, sizes, losses).predict(compute, sizes)
     source = torch.Generator().manual_seed(seed)
@@ -172,13 +156,9 @@ def interval(draws, level=0.95):
 
 
 def predict_run(compute, sizes, losses, c, N, repeats=1000, seed=0):
-    """What a new run should give, from a grid.
+    """What a grid [n] says of a new run of c FLOPs and N parameters.
 
-    Args:
-        compute, sizes, losses: [n], the grid.
-        c, N: FLOPs and parameters of the new run.
-
-    Returns: its loss, and [low, high], in which 95 of 100 such runs lie.
+    Returns its loss, and [low, high], in which 95 of 100 such runs lie.
     """
     grid = compute, sizes, losses
     many, own = bootstrap_frontier(*grid, repeats, seed)
@@ -188,55 +168,14 @@ def predict_run(compute, sizes, losses, c, N, repeats=1000, seed=0):
 
 # A law of three terms
 
-DELTA = 1e-3  # where Huber's loss turns straight, of Hoffmann et al.
+# ln floor, ln a, ln b, alpha, beta
 STARTS = [(-1.0, 0.5), (5.0, 15.0), (5.0, 15.0), (0.3, 1.0), (0.3, 1.0)]
 
 
-def law_terms(theta, log_n, log_d):
-    """Logarithms of the three terms, [3, n].
-
-    Args:
-        theta: ln floor, ln a, ln b, alpha, beta; log_n, log_d: [n].
-    """
-    floor, a, b, alpha, beta = theta
-    terms = floor + 0 * log_n, a - alpha * log_n, b - beta * log_d
-    return np.stack(terms)
-
-
-def descend(start, log_n, log_d, log_loss, free):
-    """Lower Huber's loss from one start -> theta [5], the sum of the losses.
-
-    Args:
-        start: [5]; free: which of its numbers may move.
-    """
-
-    def whole(x):
-        theta = np.array(start, dtype=float)
-        theta[free] = x
-        return theta
-
-    def residuals(x):
-        return logsumexp(law_terms(whole(x), log_n, log_d), 0) - log_loss
-
-    def slopes(x):
-        e, a, b = softmax(law_terms(whole(x), log_n, log_d), 0)
-        return np.stack((e, a, b, -a * log_n, -b * log_d), 1)[:, free]
-
-    x = np.array(start)[free]
-    huber = {"loss": "huber", "f_scale": DELTA, "x_scale": "jac"}
-    close = {"ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-15, "max_nfev": 400}
-    found = least_squares(residuals, x, slopes, **huber, **close)
-    return whole(found.x), found.cost
-
-
 def fit_law(N, d, losses, floor=None):
-    """The Law that fits runs best, and how well.
+    """The Law that fits runs best, and its sum of Huber losses.
 
-    Args:
-        N, d, losses: [n], float64.
-        floor: a number to hold the floor at.
-
-    Returns: a Law of floats, and the sum of Huber losses.
+    N, d, losses: [n], float64; floor: a number to hold the floor at.
     """
     logs = [np.log(np.asarray(x)) for x in (N, d, losses)]
     held = {} if floor is None else {0: math.log(floor)}
@@ -263,52 +202,6 @@ def bootstrap_law(N, d, losses, law, repeats=300, seed=0):
 # A planner
 
 BESIROGLU = Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658)  # arXiv 2404.10102
-MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9, "4090": 24e9}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run before it is made; cost is None without a price."""
-
-    size: float
-    tokens: float
-    flops: float
-    hours: float
-    device_hours: float
-    cost: float | None
-    state_bytes: float  # weights, gradients, AdamW: 16 bytes a parameter
-    least_devices: int  # that hold this state, if it is cut
-
-    def __str__(self):
-        price = "" if self.cost is None else f", cost {short(self.cost)}"
-        return (
-            f"{short(self.size / 1e9)}B parameters, "
-            f"{short(self.tokens / 1e9)}B tokens, {self.flops:.3g} FLOPs: "
-            f"{short(self.hours)} hours, {short(self.device_hours)} device "
-            f"hours{price}; {short(self.state_bytes / 1e9)} GB of state, on "
-            f"{self.least_devices} or more devices"
-        )
-
-
-def short(x):
-    """Three digits, or all before the point."""
-    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
-
-
-def check_plan(device, mfu, flops, size, tokens, *others):
-    """Refuse what makes no plan. Raises: InputError."""
-    known = ", ".join(PEAKS)
-    require(device in PEAKS, f"{device!r} is unknown: take {known}")
-    given = (flops is not None, size is not None, tokens is not None)
-    require(
-        given in ((1, 0, 0), (1, 1, 0), (0, 1, 1)),
-        "give flops, flops and size, or size and tokens",
-    )
-    numbers = (mfu, flops, size, tokens, *others)
-    require(
-        all(x > 0 for x in numbers if x is not None) and mfu <= 1,
-        "all numbers are above 0, and mfu is at most 1",
-    )
 
 
 def plan_run(
@@ -325,12 +218,8 @@ def plan_run(
 ):
     """A Plan from FLOPs, from FLOPs and a size, or from size and tokens.
 
-    Args:
-        device: a row of PEAKS; devices: how many; mfu: part of the peak.
-        price: of one device for one hour, in any currency.
-        each: FLOPs a token (`flops_per_token`); default 6 * size.
-
-    Raises: InputError for an unknown device or another set of numbers.
+    device is a row of PEAKS, mfu a share of its peak, price that of a device
+    and hour; each: FLOPs a token, default 6 * size. Raises: InputError.
     """
     check_plan(device, mfu, flops, size, tokens, devices, price, each)
     if size is None:
