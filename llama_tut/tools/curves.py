@@ -1,14 +1,16 @@
-"""Curves: a picture and a table of a run, from what its folder holds."""
+"""Curves: a picture, a table and a few texts of a run."""
 
 import math
 from pathlib import Path
 
 import matplotlib.style
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from llama_tut.tools.files import read_json
 from llama_tut.tools.runs import read_metrics
+from llama_tut.tools.tokenizers import read_tokenizer
 
 
 def draw_curves(folder, levels):
@@ -90,3 +92,49 @@ def report(line, levels, bits_per_byte, items=0, choice_levels=None):
         rights = {"this model": line["choice"], **choice_levels}
         for name, value in rights.items():
             yield f"{name:24}{value:6.1%}"
+
+
+def print_report(run, line, levels, control=None):
+    """Say a run's last measurements beside what needs no model.
+
+    Args:
+        line, levels: as those of `report`.
+        control: accuracy of choice with the context of another item.
+    """
+    accuracies = {"context of another item": control, **run.baselines}
+    rows = min(run.config.eval_rows, len(run.validation))
+    run.say(f"\n{rows:,} of {len(run.validation):,} rows of validation text:")
+    for text in report(
+        line,
+        levels,
+        run.info.bits_per_byte,
+        run.config.choice,
+        accuracies if run.choices else None,
+    ):
+        run.say(text)
+
+
+def write_samples(run, generate):
+    """Say a few texts of a run's model, and keep them in samples.txt.
+
+    Args:
+        generate: that of chapter 11.
+    """
+    config, end = run.config, run.info.end_of_text
+    tokenizer = read_tokenizer(Path(config.data) / "tokenizer")
+    ids = torch.tensor([run.prompt], device=run.ranks.device)
+    length = min(config.sample_tokens, config.sequence_length - ids.shape[1])
+    generator = torch.Generator(run.ranks.device).manual_seed(config.seed)
+    texts = []
+    run.model.eval()
+    for number in range(1, config.samples + 1):
+        out = generate(
+            run.model, ids, length, generator=generator, temperature=0.8,
+            top_k=50, stop_tokens=(end,),
+        )  # fmt: skip
+        text = tokenizer.decode(out[0].tolist())
+        texts.append(f"--- sample {number} ---\n{text}\n")
+        run.say(f"\n{texts[-1]}".rstrip())
+    run.model.train()
+    path = Path(config.out) / "samples.txt"
+    path.write_text("\n".join(texts), encoding="utf-8")

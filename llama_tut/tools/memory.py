@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from matplotlib.ticker import EngFormatter
 
+from llama_tut.tools.devices import matmul_dtype
 from llama_tut.tools.files import require
 from llama_tut.tools.options import gradient_accumulation_steps
 
@@ -132,3 +133,14 @@ def describe(config, info, model, world_size, device, dtype):
     )
     check(parts, room, f"{device.type} for each rank")
     return run, step, needed
+
+
+def announce(config, info, ranks, build_model, say):
+    """Print what a run will do and need. Raises: InputError, if too much."""
+    with torch.device("meta"):  # shapes, no numbers
+        model = build_model(config, info)
+    dtype = matmul_dtype(config.dtype, ranks.device)
+    for line in describe(
+        config, info, model, ranks.world_size, ranks.device, dtype
+    ):
+        say(line)

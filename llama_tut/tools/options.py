@@ -5,7 +5,7 @@ scripts/train.py makes its command line from the fields of `TrainConfig`.
 
 import json
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -261,20 +261,33 @@ def gradient_accumulation_steps(config, world_size):
     return config.tokens_per_step // at_once
 
 
-def check_same_run(path, before, after, names):
+SAME = ("sequence_length", "tokens_per_step", "seed", "optimizer")
+
+
+def saved_state(run):
+    """The plain values of a checkpoint, as they are now."""
+    return {
+        "position": run.loader.position,
+        "world_size": run.ranks.world_size,
+        "data": run.info.hash,
+        "model": getattr(run.model.config, "to_hf", dict)(),
+        "config": asdict(run.config),
+    }
+
+
+def check_same_run(path, before, after):
     """Refuse to go on as another run.
 
     Args:
         path: the checkpoint, for the message.
-        before, after: nested plain values, as `state.json` holds them.
-        names: options of "config" that must be the same.
+        before, after: nested plain values, as `saved_state` gives them.
 
     Raises:
         InputError: one of them differs, or the data, or the model's shape.
     """
     after = json.loads(json.dumps(after))  # tuples become lists, as there
     old, new = default_options() | before["config"], after["config"]
-    pairs = [(flag(name), old[name], new[name]) for name in names]
+    pairs = [(flag(name), old[name], new[name]) for name in SAME]
     pairs.append(("the hash of --data", before["data"], after["data"]))
     shape, now = before["model"], after["model"]
     for name in sorted(shape.keys() | now.keys() if shape else ()):
@@ -285,6 +298,14 @@ def check_same_run(path, before, after, names):
             f"cannot resume {path}: {name} was {was}, now it is {now}; "
             "give the old value, or start a new run with another --out",
         )
+
+
+def changes(before, config):
+    """A line for each option that is another than in the checkpoint."""
+    for name, new in asdict(config).items():
+        old = before["config"].get(name, new)
+        if old != new and name not in ("data", "out", "resume"):
+            yield f"{flag(name)} was {old}, from here on it is {new}"
 
 
 def llama_config(config, info):

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -168,6 +169,22 @@ class Recorder:
         for one in (self.bar, self.file, self.board):
             with self.noting_problems(), suppress(BrokenPipeError):
                 one.close()
+
+
+def open_recorder(run):
+    """Rank 0: note how the run was started, and open its metrics."""
+    folder = Path(run.config.out)
+    about = {
+        "config": asdict(run.config),
+        "command": sys.argv,
+        "torch": torch.__version__,
+        "data": asdict(run.info),
+        "choice": run.baselines,
+    }
+    try:
+        run.recorder = Recorder(folder, about, run.step, run.config.steps)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error
 
 
 @contextmanager

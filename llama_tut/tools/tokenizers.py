@@ -277,6 +277,20 @@ def encode_text(folder, text):
     return read_tokenizer(folder).encode(text, add_special_tokens=False).ids
 
 
+def encode_prompt(folder, text, end_of_text, most):
+    """Ids that samples begin with: one end of text, then the prompt.
+
+    Raises: InputError when they are not fewer than `most` tokens.
+    """
+    ids = [end_of_text, *encode_text(folder, text)]
+    require(
+        len(ids) < most,
+        f"--prompt has {len(ids)} tokens, and the model reads {most}: "
+        "take a shorter one",
+    )
+    return ids
+
+
 def transformers_tokenizer(folder):
     """The tokenizer of a folder as an object of transformers.
 
