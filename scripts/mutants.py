@@ -52,28 +52,22 @@ MUTANTS = [
     Mutant(
         "depth-scaled initialisation on up_proj",
         "mlp.py",
-        "(self.gate_proj, self.up_proj):\n"
-        "            nn.init.normal_(layer.weight, std=std, "
-        "generator=generator)\n"
-        "        weight = self.down_proj.weight",
-        "(self.gate_proj, self.down_proj):\n"
-        "            nn.init.normal_(layer.weight, std=std, "
-        "generator=generator)\n"
-        "        weight = self.up_proj.weight",
+        "stds = std, std, output_std",
+        "stds = std, output_std, std",
         "test_mlp.py::test_init_weights_draws_the_output_matrix_apart",
     ),
     Mutant(
         "depth-scaled initialisation dropped",
         "model.py",
-        "output_std = std / (2 * self.config.num_hidden_layers) ** 0.5",
-        "output_std = std",
+        "writes = std / (2 * self.config.num_hidden_layers) ** 0.5",
+        "writes = std",
         "test_model.py::test_initialisation",
     ),
     Mutant(
         "attention FLOPs halved",
         "model.py",
-        "4 * L * T * width",
-        "2 * L * T * width",
+        "reads = 4 * L",
+        "reads = 2 * L",
         "test_model.py::test_flops_of_plain_attention",
     ),
     Mutant(

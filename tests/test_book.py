@@ -233,7 +233,7 @@ def test_names_in_the_text_lead_to_their_entries(html):
             assert link in modules.anchors
             assert link.endswith("." + name), (path.name, link, name)
             found.setdefault(path.stem, set()).add(name)
-    assert "find_pretrained" in found["02_config"]
+    assert "LlamaConfig" in found["02_config"]
     assert "save_pretrained" in found["09_weights"]
     assert "train_step" in found["15_trainer"]
 

@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,7 +98,14 @@ def test_the_conversion_that_is_advised_works(tmp_path):
     with pytest.raises(InputError) as error:
         tensor_table(tmp_path)
     command = "python -c " + str(error.value).split("python -c ")[1]
-    subprocess.run(command, shell=True, check=True, capture_output=True)
+    here = Path(sys.executable).parent  # `python` is this environment's
+    subprocess.run(
+        command,
+        shell=True,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PATH": f"{here}:{os.environ['PATH']}"},
+    )
     for name, stored in tensor_table(tmp_path).items():
         assert torch.equal(stored.tensor, model.state_dict()[name])
 
