@@ -2,6 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 JOBS ?= 2
+# Files of tests that `make quick` leaves out: they take more than ten seconds.
+SLOW := training_cli hellaswag gpu_benchmark distributed weights book gpt2 \
+  address mutants pretraining fast_generation exercises read_alike scaling
 
 .DEFAULT_GOAL := help
 .PHONY: help train test quick book export execute times exercises mutants gpu \
@@ -27,7 +30,8 @@ test: .venv ## every test, and every notebook run and compared with its committe
 
 quick: .venv ## what a contributor needs while working, in under two minutes
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) scripts/export.py --check
-	@$(PY) -m pytest -n $(JOBS) --dist loadscope -m "not slow" tests
+	@$(PY) -m pytest -n $(JOBS) --dist loadscope -m "not slow" tests \
+	  $(SLOW:%=--ignore=tests/test_%.py)
 
 book: .venv ## render the book to book/_build/html (warnings are errors)
 	@.venv/bin/jupyter-book build . --toc book/_toc.yml --config _config.yml --path-output book -W --keep-going
