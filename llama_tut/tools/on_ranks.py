@@ -1,0 +1,92 @@
+"""Run a function of a notebook on several ranks, as torchrun would.
+
+A notebook is one process. Here its function goes into a script, together with
+what it names, and the script is started once for each rank.
+"""
+
+import dis
+import inspect
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def on_ranks(world_size, function):
+    """What `function()` returns on each of `world_size` processes, as a list.
+
+    The function may name modules, functions and classes, imported or written
+    beside it at the top level, and constants whose `repr` is Python. A result is saved with
+    torch.save and loaded as weights: tensors, numbers, text, and lists,
+    tuples and dictionaries of these.
+
+    Raises:
+        RuntimeError: a rank has failed; its own words are on stderr.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group |= {"WORLD_SIZE": str(world_size)}
+    group |= {"LOCAL_WORLD_SIZE": str(world_size)}
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(script_of(function))
+        ranks = []
+        for rank in range(world_size):
+            command = [sys.executable, script, f"{folder}/{rank}"]
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(
+                subprocess.Popen(command, env={**os.environ, **group, **own})
+            )
+        codes = [process.wait() for process in ranks]
+        if any(codes):
+            raise RuntimeError(f"the ranks ended with the codes {codes}")
+        return [torch.load(f"{folder}/{rank}") for rank in range(world_size)]
+
+
+def script_of(function):
+    """The text of a script that runs `function` and saves what it returns."""
+    lines = {}
+    add_source(function, lines)
+    save = f"torch.save({function.__name__}(), sys.argv[1])"
+    return "\n".join(["import sys, torch", *lines.values(), save])
+
+
+def add_source(value, lines):
+    """Add the source of a function or class, after all that it names."""
+    lines[value.__name__] = None  # it may name itself
+    source = inspect.getsource(value)
+    beside = vars(sys.modules[value.__module__])
+    for name in global_names(compile(source, "a cell", "exec")):
+        if name not in lines and name in beside:
+            add_global(name, beside[name], value.__module__, lines)
+    del lines[value.__name__]
+    lines[value.__name__] = source
+
+
+def global_names(compiled):
+    """The names that compiled code looks up outside its functions."""
+    for step in dis.get_instructions(compiled):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield step.argval
+    for part in compiled.co_consts:
+        if inspect.iscode(part):  # the body of a function or class
+            yield from global_names(part)
+
+
+def add_global(name, value, here, lines):
+    """Add what makes the global `name` of the module `here`."""
+    if isinstance(value, ModuleType):
+        lines[name] = f"import {value.__name__} as {name}"
+    elif not hasattr(value, "__name__"):
+        lines[name] = f"{name} = {value!r}"
+    elif value.__module__ == here:
+        add_source(value, lines)
+    else:
+        lines[name] = f"from {value.__module__} import {value.__name__}"
+        lines[name] += f" as {name}"
