@@ -73,10 +73,9 @@ def rows_at(position, count, size, seed=None):
 
 
 def read_row(shards, ends, row, sequence_length):
-    """The T + 1 tokens of a row; `ends` counts rows up to each shard's end."""
-    shard = int(np.searchsorted(ends, row, side="right"))
-    first = ends[shard - 1] if shard else 0
-    start = int(row - first) * sequence_length
+    """The T + 1 tokens of a row; `ends` counts rows: 0, up to shard 0's end, …"""
+    shard = int(np.searchsorted(ends, row, side="right")) - 1
+    start = int(row - ends[shard]) * sequence_length
     return shards[shard][start : start + sequence_length + 1]
 
 
@@ -93,8 +92,7 @@ def read_rows(shards, ends, rows, sequence_length):
 class ShardLoader:
     """Rows of T + 1 tokens from the shards of a data folder.
 
-    Raises:
-        InputError: as `open_shards`; or fewer than W * B rows.
+    Raises InputError as `open_shards`, or for fewer than W * B rows.
     """
 
     folder: Path  #: made by `llama_tut.tools.prepare.prepare`
@@ -108,24 +106,23 @@ class ShardLoader:
     position: int = 0  #: rows taken by all ranks; set it to go elsewhere
 
     def __post_init__(self):
-        where = self.folder, self.split
-        self.shards = open_shards(*where, self.rank, self.world_size)
+        folder, split = self.folder, self.split
+        self.shards = open_shards(folder, split, self.rank, self.world_size)
         rows = [(len(s) - 1) // self.sequence_length for s in self.shards]
-        self.ends = np.cumsum(rows, dtype=int)
-        check_rows(*where, len(self), self.world_size * self.batch_size)
+        self.ends = np.cumsum([0, *rows])
+        check_rows(folder, split, len(self), self.world_size * self.batch_size)
         self.lock = threading.Lock()
 
     def __len__(self):
         """M: rows of an epoch, of all ranks together."""
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.ends[-1])
 
     def batch_at(self, position):
         """This rank's rows there -> inputs, targets, int64 [B, T] each."""
         start = position + self.rank * self.batch_size
         seed = self.seed if self.shuffle else None
         rows = rows_at(start, self.batch_size, len(self), seed)
-        T = self.sequence_length
-        batch = read_rows(self.shards, self.ends, rows, T)  # [B, T+1]
+        batch = read_rows(self.shards, self.ends, rows, self.sequence_length)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
     def next_batch(self):
