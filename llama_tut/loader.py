@@ -73,7 +73,7 @@ def rows_at(position, count, size, seed=None):
 
 
 def read_row(shards, ends, row, sequence_length):
-    """The T + 1 tokens of a row; `ends` counts rows: 0, up to shard 0's end, …"""
+    """The T + 1 tokens of a row; `ends`: rows before each shard, and all."""
     shard = int(np.searchsorted(ends, row, side="right")) - 1
     start = int(row - ends[shard]) * sequence_length
     return shards[shard][start : start + sequence_length + 1]
