@@ -1,4 +1,4 @@
-"""A small random model with a tokenizer, and a way to call scripts in this process."""
+"""Small random models, with and without a tokenizer; calls of scripts in this process."""
 
 import math
 import shutil
@@ -22,6 +22,15 @@ from llama_tut.tools import cli
 from llama_tut.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 
 
 def byte_tokenizer():
@@ -65,13 +74,13 @@ def damage(folder, out):
     return out
 
 
-def caller(name, monkeypatch, capsys):
+def caller(name, monkeypatch, capsys, *always):
     """A function that calls scripts/NAME.py: (exit code, stdout, stderr)."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     script = __import__(name)
 
     def call(*options):
-        argv = [f"{name}.py", *map(str, options)]
+        argv = [f"{name}.py", *map(str, [*always, *options])]
         monkeypatch.setattr(sys, "argv", argv)
         code = 0
         try:
@@ -86,7 +95,7 @@ def caller(name, monkeypatch, capsys):
 def refused(result, *words):
     """Exit code 2, one line on stderr with these words, nothing else."""
     code, out, err = result
-    assert code == 2 and out == ""
+    assert code == 2 and out == "", result
     assert err.startswith("error: ") and err.count("\n") == 1, err
     for word in words:
         assert word in err
@@ -118,6 +127,11 @@ def enlarge(model):
     return model.eval()
 
 
+def random_model(**changes):
+    """A LLaMA of three blocks whose tokens matter to each other."""
+    return enlarge(LlamaForCausalLM(LlamaConfig(**(SIZES | changes))))
+
+
 def random_items(count, low=1, high=9):
     """Contexts and endings of random ids and lengths."""
     generator = torch.Generator().manual_seed(1)
@@ -144,3 +158,11 @@ def plain_sums(model, items):
             )
         sums.append(four)
     return torch.tensor(sums)
+
+
+def predictions(hits):
+    """Predictions by sum that are right where `hits` has a 1."""
+    return [
+        dict(index=i, label=1, pred_sum=hit, pred_char=1, pred_token=0)
+        for i, hit in enumerate(hits)
+    ]

@@ -6,11 +6,17 @@ from torch.nn import functional as F
 
 from llama_tut.attention import LlamaAttention, attend, causal_mask
 from llama_tut.config import LlamaConfig
+from llama_tut.fast.training import blocked_attention
 from llama_tut.rope import LlamaRotaryEmbedding
 
 B, H, K, C = 2, 6, 2, 8
 CONFIG = LlamaConfig(
     hidden_size=48, num_attention_heads=H, num_key_value_heads=K, head_dim=C
+)
+
+
+both = pytest.mark.parametrize(
+    "attend", [attend, blocked_attention], ids=["plain", "blocked"]
 )
 
 
@@ -41,9 +47,10 @@ def test_none_is_the_causal_mask(T, S):
     torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v))
 
 
+@both
 @pytest.mark.parametrize("T, S", [(5, 9), (300, 310)])
 @pytest.mark.parametrize("form", ["TS", "11TS", "B11S", "B1TS"])
-def test_masks_of_every_form(form, T, S):
+def test_masks_of_every_form(attend, form, T, S):
     sizes = {"B": B, "T": T, "S": S, "1": 1}
     mask = torch.rand([sizes[letter] for letter in form]) < 0.5
     mask[..., 0] = True  # something to read in each row
@@ -80,25 +87,27 @@ def test_neighbouring_heads_share_keys():
     assert silent.tolist() == B * [[False] * 3 + [True] * 3]
 
 
+@both
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.half, torch.double]
 )
-def test_a_row_with_nothing_to_read_stays_finite(dtype):
+@pytest.mark.parametrize("T", [6, 40])
+def test_a_row_with_nothing_to_read_stays_finite(attend, dtype, T):
     """Such a row poisons neither itself, nor others, nor gradients."""
-    inputs = heads(6, 6, dtype=dtype, requires_grad=True)
-    mask = causal_mask(6, 6).repeat(B, 1, 1, 1)
+    inputs = heads(T, T, dtype=dtype, requires_grad=True)
+    mask = causal_mask(T, T).repeat(B, 1, 1, 1)
     mask[0, :, :, :3] = False  # row 0: three tokens of padding in front
     out = attend(*inputs, mask)
     grads = torch.autograd.grad(out.float().square().sum(), inputs)
     assert all(x.isfinite().all() for x in (out, *grads))
-    q, k, v = (x[:, :, 3:] for x in inputs)
-    short = attend(q, k, v)
-    torch.testing.assert_close(out[0, :, 3:], short[0])
-    assert not grads[0][0, :, :3].isnan().any()
+    short = attend(*(x[:, :, 3:] for x in inputs))
+    exact = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}
+    torch.testing.assert_close(out[0, :, 3:], short[0], **exact)
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
-def test_16_bits_stay_near_float32(dtype):
+def test_16_bits_stay_near_float32(attend, dtype):
     """8 or 11 significant bits in scores, weights and output."""
     q, k, v = (x.to(dtype) for x in heads(150, 150))
     out = attend(q, k, v)

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from small_model import random_model
 
-from llama_tut.config import LlamaConfig
 from llama_tut.fast import generation
 from llama_tut.fast.generation import (
     Bfloat16Linear,
@@ -19,32 +19,12 @@ from llama_tut.fast.generation import (
     to_levels,
 )
 from llama_tut.generate import generate, speculate, stream, stream_guessing
-from llama_tut.model import LlamaForCausalLM
 from llama_tut.tools.files import InputError
-
-
-def build(**changes):
-    """A small model whose tokens matter to each other."""
-    sizes = dict(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build()
+    return random_model()
 
 
 PROMPT = torch.tensor([[5, 17, 3, 44]])
@@ -61,9 +41,9 @@ def new_tokens(model, draft, new=20, **options):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_weights_compute_the_same(tied):
-    plain = build(tie_word_embeddings=tied)
+    plain = random_model(tie_word_embeddings=tied)
     packed = pack_weights(copy.deepcopy(plain))
-    ids = torch.randint(61, (2, 9))
+    ids = torch.randint(97, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(
             packed(ids), plain(ids), atol=1e-4, rtol=1e-4
@@ -77,7 +57,9 @@ def test_packed_weights_compute_the_same(tied):
 @pytest.mark.parametrize("drafted_by", ["itself", "few bits", "noise", None])
 def test_a_guess_never_changes_the_tokens(drafted_by, ahead):
     """Whatever the draft guesses, the text is the model's own greedy one."""
-    model = build(hidden_size=96, intermediate_size=96)  # fits four bits
+    model = random_model(
+        hidden_size=96, intermediate_size=96
+    )  # fits four bits
     noise = copy.deepcopy(model)
     torch.nn.init.normal_(noise.model.layers[1].mlp.up_proj.weight)
     drafts = {
@@ -147,7 +129,7 @@ def test_the_text_takes_over_from_the_draft(model, monkeypatch):
 
     def read(tokens, last, by):
         steps.append((tokens, last))
-        return torch.eye(61)[[44]]
+        return torch.eye(97)[[44]]
 
     monkeypatch.setattr(reader, "read", read)
     assert reader.propose(text, 6) == [44, 8, 17, 3, 44, 8]
@@ -205,8 +187,8 @@ def test_guessing_fills_the_context_to_its_end(model, drafted):
 
 def test_guessing_refuses_what_cannot_work(model):
     with pytest.raises(InputError, match="do not fit"):
-        new_tokens(model, None, new=61)
-    damaged = build()
+        new_tokens(model, None, new=97)
+    damaged = random_model()
     with torch.no_grad():
         damaged.model.norm.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="logits are not finite"):
@@ -217,13 +199,13 @@ def test_guessing_refuses_what_cannot_work(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_operators_compute_the_same(tied, dtype):
     """Also after tokens were taken back; bfloat16 within its rounding."""
-    model = build(tie_word_embeddings=tied).to(dtype)
-    ids = torch.randint(61, (12,)).tolist()
+    model = random_model(tie_word_embeddings=tied).to(dtype)
+    ids = torch.randint(97, (12,)).tolist()
     with torch.no_grad():
         wanted = model(torch.tensor([ids]))[0].float()
     reader = FastReader(FastModel(model), 20)
     found = [reader.read(ids[:7], 7)]
-    assert reader.read([1, 2, 3], 2).shape == (2, 61)
+    assert reader.read([1, 2, 3], 2).shape == (2, 97)
     reader.truncate(7)
     found += [reader.read([ids[7]], 1), reader.read(ids[8:], 4)]
     close = 1e-4 if dtype == torch.float32 else 0.05 * wanted.std().item()
@@ -235,15 +217,18 @@ def test_few_operators_compute_the_same(tied, dtype):
 
 @pytest.mark.slow
 def test_compiled_steps_give_the_same_tokens(monkeypatch):
-    """And other prompts, of other lengths, compile nothing anew."""
+    """Another prompt, of another length, compiles nothing anew.
+
+    Both continue without a repetition, so all guesses are the draft's.
+    """
     # Autotuning takes a minute and changes no formula.
     monkeypatch.setitem(generation.COMPILE, "max_autotune", False)
-    model = build(num_hidden_layers=1)
+    model = random_model(num_hidden_layers=1)
     fast = FastModel(model, compiled=True)
     reader = FastReader(fast, 40, draft=fast)
     for prompt, stance in (
         ([5, 17, 3], "default"),
-        ([9, 2], "fail_on_recompile"),
+        ([8, 30], "fail_on_recompile"),
     ):
         reader.truncate(0)
         rounds = speculate(reader, prompt, 6)

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from small_model import enlarge, plain_sums, random_items
+from small_model import (
+    SIZES,
+    enlarge,
+    plain_sums,
+    random_items,
+    random_model,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers import LlamaConfig as TheirConfig
@@ -18,20 +24,6 @@ from llama_tut.fast.scoring import (
 )
 from llama_tut.hellaswag import Example, score_items, score_rows
 from llama_tut.model import LlamaForCausalLM
-
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-
-
-def ours(**changes):
-    return enlarge(LlamaForCausalLM(LlamaConfig(**(SIZES | changes))))
 
 
 @pytest.fixture
@@ -76,7 +68,7 @@ def test_a_shorter_row_is_filled_and_not_read():
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
 def test_packed_rows_give_the_sum_of_the_definition(tied, whose, packed_calls):
     if whose == "ours":
-        model = ours(tie_word_embeddings=tied)
+        model = random_model(tie_word_embeddings=tied)
     else:
         config = TheirConfig(**SIZES, tie_word_embeddings=tied)
         model = enlarge(TheirLlama(config))
@@ -113,7 +105,7 @@ def test_models_that_count_positions_themselves_take_rows(packed_calls):
     config = GPT2Config(
         vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64
     )
-    counting = ours(tie_word_embeddings=True)
+    counting = random_model(tie_word_embeddings=True)
     counting.model.embed_tokens = Counted(counting.model.embed_tokens)
     items = random_items(5)
     for model in (enlarge(GPT2LMHeadModel(config)), counting):
@@ -125,7 +117,7 @@ def test_models_that_count_positions_themselves_take_rows(packed_calls):
 
 
 def test_an_example_that_exceeds_the_context_takes_rows(packed_calls):
-    model = ours(max_position_embeddings=16)
+    model = random_model(max_position_embeddings=16)
     items = random_items(9, low=3, high=12)
     examples = [Example(i, "c", tuple("abcd"), i % 4) for i in range(9)]
     plain, packed = (

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from small_model import random_model
 
-from llama_tut.config import LlamaConfig
 from llama_tut.generate import (
     KVCache,
     Reader,
@@ -16,32 +16,12 @@ from llama_tut.generate import (
     stream,
     stream_guessing,
 )
-from llama_tut.model import LlamaForCausalLM
 from llama_tut.tools.files import InputError
-
-
-def build(**changes):
-    """A small model whose tokens matter to each other."""
-    sizes = dict(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build()
+    return random_model()
 
 
 @pytest.mark.parametrize(
@@ -56,8 +36,8 @@ def model():
 )
 @pytest.mark.parametrize("cuts", [[1] * 20, [19, 1], [5, 1, 7, 7], [20]])
 def test_cached_logits_equal_full_logits(changes, cuts):
-    model = build(**changes)
-    ids = torch.randint(61, (2, 20))
+    model = random_model(**changes)
+    ids = torch.randint(97, (2, 20))
     with torch.no_grad():
         full = model(ids)
         cache = KVCache(model.config, 2, 20)
@@ -82,7 +62,7 @@ def test_the_cache_takes_its_memory_once(model):
 
 
 def test_greedy_equals_the_plain_loop(model):
-    ids = torch.randint(61, (2, 7))
+    ids = torch.randint(97, (2, 7))
     plain = ids
     for _ in range(12):
         with torch.no_grad():
@@ -145,7 +125,7 @@ def test_samples_follow_the_model(model):
         top_k=20,
         generator=torch.Generator().manual_seed(0),
     )[:, 3]
-    counts = drawn.bincount(minlength=61)
+    counts = drawn.bincount(minlength=97)
     assert counts[p == 0].sum() == 0
     expected = n * p[p > 0]
     chi2 = ((counts[p > 0] - expected).square() / expected).sum()
@@ -153,7 +133,7 @@ def test_samples_follow_the_model(model):
 
 
 def test_a_generator_repeats_the_samples(model):
-    ids = torch.randint(61, (2, 5))
+    ids = torch.randint(97, (2, 5))
 
     def sample(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -170,7 +150,7 @@ def test_a_generator_repeats_the_samples(model):
 
 
 def test_stop_tokens_end_rows_and_then_the_loop(model):
-    ids = torch.randint(61, (2, 5))
+    ids = torch.randint(97, (2, 5))
     free = generate(model, ids, max_new_tokens=15)[:, 5:]
     stop = free[0, 2].item()
     first = [(row == stop).nonzero()[:1].flatten().tolist() for row in free]
@@ -186,7 +166,7 @@ def test_stop_tokens_end_rows_and_then_the_loop(model):
 
 def test_generation_leaves_no_trace(model):
     """Outside stays as it was: gradients on, inputs unchanged."""
-    ids = torch.randint(61, (1, 5))
+    ids = torch.randint(97, (1, 5))
     before = ids.clone()
     tokens = stream(model, ids, 3)
     next(tokens)
@@ -203,7 +183,7 @@ def test_generation_leaves_no_trace(model):
     [
         ([[]], {}, "prompt is empty"),
         ([[1] * 60], {}, "60 tokens of prompt and 5 new ones.* of 64"),
-        ([[61]], {}, "tokens 61 to 61, the model has 61"),
+        ([[97]], {}, "tokens 97 to 97, the model has 97"),
         ([[-1]], {}, "tokens -1 to"),
         ([[1]], {"temperature": -0.1}, "temperature"),
         ([[1]], {"temperature": 1e-30}, "temperature"),
@@ -237,7 +217,7 @@ def test_padding_elsewhere_than_on_the_left_is_refused(model, mask):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_damaged_model_is_named(value, options):
-    model = build()
+    model = random_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(value)
     with pytest.raises(InputError, match="logits are not finite"):
@@ -277,7 +257,7 @@ def test_a_guess_never_changes_the_tokens(model, guesser, ahead):
     class Guesser(Reader):
         def propose(self, text, ahead):
             if guesser == "noise":
-                return torch.randint(61, (ahead,), generator=random).tolist()
+                return torch.randint(97, (ahead,), generator=random).tolist()
             if guesser == "itself":  # right, up to the last one
                 done = len(text) - PROMPT.shape[1]
                 return (wanted[done:] + [0] * ahead)[:ahead]
@@ -342,4 +322,4 @@ def test_guessing_refuses_what_cannot_work(model):
     with pytest.raises(InputError, match="one prompt"):
         list(stream_guessing(model, PROMPT.expand(2, 4), 3))
     with pytest.raises(InputError, match="do not fit"):
-        guessed(model, new=61)
+        guessed(model, new=97)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_model import enlarge, plain_sums, random_items, special_tokenizer
+from small_model import (
+    SIZES,
+    enlarge,
+    plain_sums,
+    predictions,
+    random_items,
+    random_model,
+    special_tokenizer,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,21 +52,12 @@ from llama_tut.weights import load_pretrained
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 DATA = Path(os.environ.get("LLAMA_TUT_DATA", ROOT / "../shared/data"))
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
 
 
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
 def test_rows_give_the_sum_of_the_definition(whose):
     if whose == "ours":
-        model = enlarge(LlamaForCausalLM(LlamaConfig(**SIZES)))
+        model = random_model()
     else:
         model = enlarge(TheirLlama(TheirConfig(**SIZES)))
     items = random_items(7)
@@ -82,7 +81,7 @@ def test_every_causal_model_can_be_scored():
 
 @pytest.mark.parametrize("score_batch", [score_rows, score_packed])
 def test_what_a_model_cannot_score_is_refused(score_batch):
-    model = enlarge(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    model = random_model()
     examples = [Example(0, "c", tuple("abcd"), 0)]
 
     def refuse(message, context, *endings):
@@ -100,8 +99,7 @@ def test_what_a_model_cannot_score_is_refused(score_batch):
 
 
 def test_too_long_rows_lose_their_beginning():
-    config = LlamaConfig(**(SIZES | {"max_position_embeddings": 12}))
-    model = enlarge(LlamaForCausalLM(config))
+    model = random_model(max_position_embeddings=12)
     items = random_items(9, low=3, high=12)
     assert any(len(c) + len(e) - 1 > 12 for c, four in items for e in four)
     examples = [Example(i, "c", tuple("abcd"), 0) for i in range(9)]
@@ -142,7 +140,7 @@ def test_three_scores_may_give_three_predictions():
 
 
 def test_predictions_come_in_the_order_of_the_examples():
-    model = enlarge(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    model = random_model()
     texts = ["a", "bb bb bb", "ccc", "dd d d d"]
     examples = [
         Example(i, t, ("x", "xx", "yyy y", "z zz"), 0)
@@ -273,19 +271,6 @@ def test_bad_files_are_named(tmp_path):
 
 
 # Statistics
-
-
-def predictions(hits):
-    return [
-        {
-            "index": i,
-            "label": 1,
-            "pred_sum": h,
-            "pred_char": 1,
-            "pred_token": 0,
-        }
-        for i, h in enumerate(hits)
-    ]
 
 
 def test_accuracy_and_its_error():

@@ -3,24 +3,11 @@
 import gzip
 
 import pytest
+from small_model import predictions
 
 from llama_tut.tools.files import InputError, write_jsonl
 from llama_tut.tools.predictions import read_predictions
 from llama_tut.tools.statistics import mcnemar
-
-
-def predictions(hits):
-    """Predictions by sum that are right where `hits` has a 1."""
-    return [
-        {
-            "index": i,
-            "label": 1,
-            "pred_sum": h,
-            "pred_char": 1,
-            "pred_token": 0,
-        }
-        for i, h in enumerate(hits)
-    ]
 
 
 def test_mcnemar_by_hand():

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from small_model import ROOT, caller, refused
 from transformers import AutoTokenizer
 
 from llama_tut.loader import ShardLoader
 from llama_tut.tools import (
-    cli,
     data_folder,
     docs_corpus,
     encoding,
@@ -28,7 +28,6 @@ from llama_tut.tools import (
 from llama_tut.tools import prepare as tool
 from llama_tut.tools.files import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare.py")]
 
 
@@ -55,29 +54,7 @@ def corpus(tmp_path):
 @pytest.fixture
 def prepare(monkeypatch, capsys):
     """Call the script in this process: (exit code, stdout, stderr)."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import prepare
-
-    def call(*options):
-        argv = ["prepare.py", "--processes", "1", *map(str, options)]
-        monkeypatch.setattr(sys, "argv", argv)
-        code = 0
-        try:
-            cli.run(prepare.main)
-        except SystemExit as end:
-            code = end.code
-        return (code, *capsys.readouterr())
-
-    return call
-
-
-def refused(result, *words):
-    """Exit code 2, one line on stderr with these words, nothing else."""
-    code, out, err = result
-    assert code == 2 and out == "", (code, out, err)
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    for word in words:
-        assert word in err, err
+    return caller("prepare", monkeypatch, capsys, "--processes", 1)
 
 
 def contents(folder):
