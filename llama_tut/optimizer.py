@@ -104,33 +104,6 @@ def newton_schulz(g, steps=5):
 # How long is the step?
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for the groups marked `muon`, torch's AdamW for all others.
-
-    Source: Jordan et al., 2024; update size of Liu et al., 2025 (arXiv
-    2502.16982), `match_rms_adamw` in `torch.optim.Muon`.
-    """
-
-    def __init__(self, groups, momentum=0.95, **adamw):
-        super().__init__(groups, **adamw)
-        self.momentum = momentum
-
-    @torch.no_grad()
-    def step(self, closure=None):  # torch's helpers pass None
-        """Update every parameter that has a gradient.
-
-        The gradients of Muon's matrices are None afterwards, so that AdamW
-        passes over them.
-        """
-        for group in self.param_groups:
-            if group.get("muon"):
-                for matrices in equal_shapes(group["params"]):
-                    muon_step(self.state, matrices, group, self.momentum)
-                for p in group["params"]:
-                    p.grad = None
-        super().step()
-
-
 def muon_step(state, matrices, group, momentum):
     """One step of Muon, in place, for matrices of one shape."""
     for p in matrices:
@@ -160,6 +133,33 @@ def equal_shapes(parameters, limit=2**26):
         count = max(1, limit // same[0].numel())
         for i in range(0, len(same), count):
             yield same[i : i + count]
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups marked `muon`, torch's AdamW for all others.
+
+    Source: Jordan et al., 2024; update size of Liu et al., 2025 (arXiv
+    2502.16982), `match_rms_adamw` in `torch.optim.Muon`.
+    """
+
+    def __init__(self, groups, momentum=0.95, **adamw):
+        super().__init__(groups, **adamw)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self, closure=None):  # torch's helpers pass None
+        """Update every parameter that has a gradient.
+
+        The gradients of Muon's matrices are None afterwards, so that AdamW
+        passes over them.
+        """
+        for group in self.param_groups:
+            if group.get("muon"):
+                for matrices in equal_shapes(group["params"]):
+                    muon_step(self.state, matrices, group, self.momentum)
+                for p in group["params"]:
+                    p.grad = None
+        super().step()
 
 
 # Building the optimizer

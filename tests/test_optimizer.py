@@ -248,3 +248,65 @@ def test_adamw_passes_over_muons_matrices():
         keys = {key for p in group["params"] for key in optimizer.state[p]}
         wanted = {"step", "momentum"} if group["muon"] else None
         assert keys == (wanted or {"step", "exp_avg", "exp_avg_sq"})
+
+
+def numbers_that_decay(parameters):
+    groups = parameter_groups(parameters, 0.1)
+    return sum(
+        p.numel()
+        for group in groups
+        for _, p in group["params"]
+        if group["weight_decay"]
+    )
+
+
+def test_the_rule_by_dimensions_fails_on_flattened_parameters():
+    """PyTorch's first FSDP flattened a module: then nothing decays."""
+    model = small_model()
+    flat = torch.nn.Module()
+    parts = [p.detach().flatten() for p in model.parameters()]
+    flat.everything = torch.nn.Parameter(torch.cat(parts))
+    gains = sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    total = sum(p.numel() for p in model.parameters())
+    assert numbers_that_decay(model) == total - gains
+    assert numbers_that_decay(flat) == 0
+
+
+def test_lost_decay_shows_in_the_weights_and_hardly_in_the_loss():
+    successors = torch.randint(64, (64, 4), generator=torch.manual_seed(1))
+
+    def batch(generator, rows=8):
+        tokens = [torch.randint(64, (rows,), generator=generator)]
+        for _ in range(32):
+            choice = torch.randint(4, (rows,), generator=generator)
+            tokens.append(successors[tokens[-1], choice])
+        return torch.stack(tokens, 1)
+
+    def loss_of(model, rows):
+        return model(rows[:, :-1], targets=rows[:, 1:])
+
+    norms, losses = {}, {}
+    for decay in (1.0, 0.0):
+        generator = torch.Generator().manual_seed(2)
+        model, steps, late = small_model(), 200, []
+        optimizer = build_optimizer(model, weight_decay=decay)
+        for step in range(steps):
+            lr = learning_rate_at(step, 5e-3, steps, 20)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = loss_of(model, batch(generator))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            late.append(loss.item())
+        matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+        norms[decay] = sum(p.detach().norm() ** 2 for p in matrices) ** 0.5
+        losses[decay] = sum(late[-50:]) / 50
+    assert abs(losses[0.0] - losses[1.0]) < 0.1
+    assert norms[0.0] > 1.2 * norms[1.0]
+    # And size does matter to a trained model: half of it costs.
+    rows = batch(generator, 64)
+    with torch.no_grad():
+        whole = loss_of(model, rows)
+        torch._foreach_mul_(matrices, 0.5)
+        assert loss_of(model, rows) > whole + 0.2
