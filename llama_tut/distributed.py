@@ -10,6 +10,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from llama_tut.tools.compilation import try_one_pass
+
 # How do we know that all copies are equal?
 
 
@@ -67,15 +69,12 @@ def micro_step_sync(model, last):
 # The last bits of a sum
 
 
-def warm_up_ddp_buckets(model, inputs, targets, cast=nullcontext):
+def warm_up_ddp_buckets(model, *batch, cast=nullcontext):
     """Let DDP settle its buckets, so that all steps sum in one order.
 
     Args:
-        inputs, targets: any micro batch, [B, T]; it leaves no trace.
+        batch: any micro batch, inputs and then targets; it leaves no trace.
         cast: the context of the forward pass, such as autocast.
     """
     if isinstance(model, DistributedDataParallel):
-        with cast():
-            loss = model(inputs, targets=targets)
-        loss.backward()
-        model.zero_grad()
+        try_one_pass(model, batch, cast)

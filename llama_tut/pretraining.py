@@ -74,6 +74,17 @@ def build_llama(config, info):
     return LlamaForCausalLM(llama_config(config, info))
 
 
+def build_text_loader(config, info, ranks, split):
+    """Rows of the "train" or the "val" tokens for one rank."""
+    B, T = config.micro_batch_size, config.sequence_length
+    if split == "train":
+        rank, W, seed = ranks.rank, ranks.world_size, config.seed
+        return ShardLoader(config.data, "train", B, T, rank, W, seed)
+    loader = ShardLoader(config.data, "val", 1, T, shuffle=False)
+    loader.batch_size = min(B, len(loader))
+    return loader
+
+
 # The whole run on one screen
 
 
@@ -82,15 +93,24 @@ def train(
     build_model=build_llama,
     prepare_model=None,
     score_batch=score_rows,
+    build_loader=build_text_loader,
+    after_step=None,
+    save_model=save_pretrained,
 ):
     """Train a model as `config` says; every rank calls this.
 
     Args:
         build_model: called with (config, info); gives a model that returns
-            the mean loss when called with ids and `targets`.
+            the mean loss when called with a batch's inputs and `targets`.
         prepare_model: called with (model, device, dtype) before the first
             step, to swap fast parts into the model; None leaves it plain.
         score_batch: how HellaSwag's rows are scored.
+        build_loader: called with (config, info, ranks, split), gives what
+            `build_text_loader` gives; a batch is a tuple of tensors, and the
+            last of them holds the targets.
+        after_step: called with (model, line) on every rank when a step was
+            taken; it may change buffers and add numbers to the line.
+        save_model: called with (model, folder, tokenizer) in the end.
     Returns: the last line of metrics.jsonl.
     Raises: InputError for all that the options or the data get wrong.
     """
@@ -105,9 +125,10 @@ def train(
                 lock = lock_folder(Path(config.out), config.resume)
         with lock, stop_signals() as signals:
             run = prepare_run(
-                config, info, ranks, build_model, prepare_model, say
+                config, info, ranks, build_model, prepare_model, build_loader
             )
-            run.score_batch = score_batch
+            run.score_batch, run.after_step = score_batch, after_step
+            run.save_model = save_model
             open_what_the_end_needs(run)
             on_rank_zero(ranks, open_recorder, run)
             try:
@@ -123,24 +144,23 @@ def train(
 # What a run holds
 
 
-def prepare_run(config, info, ranks, build_model, prepare_model, say):
+def prepare_run(config, info, ranks, build_model, prepare_model, build_loader):
     """Model, optimizer and data of a run, at its first step or resumed."""
-    data, B, T = config.data, config.micro_batch_size, config.sequence_length
+    say = partial(print0, ranks.rank)
     torch.manual_seed(config.seed)
     with shared_errors(ranks.gloo_group):
-        loader = ShardLoader(
-            data, "train", B, T, ranks.rank, ranks.world_size, config.seed
-        )
-        validation = ShardLoader(data, "val", 1, T, shuffle=False)
-        validation.batch_size = min(B, len(validation))
+        loader = build_loader(config, info, ranks, "train")
+        validation = build_loader(config, info, ranks, "val")
+        example = loader.next_batch()  # any batch: it leaves no trace
+        loader.position = 0
     dtype = matmul_dtype(config.dtype, ranks.device)
     cast = partial(autocast, ranks.device, dtype)
     model = fast = build_model(config, info).to(ranks.device)
     if prepare_model is not None:
         prepare_model(model, ranks.device, dtype)
-    ids = torch.zeros((B, T), dtype=torch.int64, device=ranks.device)
+    example = [tensor.to(ranks.device) for tensor in example]
     if config.compile:
-        fast = compile_model(model, ids, ranks, cast, say)
+        fast = compile_model(model, example, ranks, cast, say)
     wait_for_all(ranks)  # ranks finish compiling at different times
     parallel = wrap(fast, ranks)
     optimizer = build_optimizer(
@@ -150,7 +170,7 @@ def prepare_run(config, info, ranks, build_model, prepare_model, say):
         config.weight_decay,
         (config.beta1, config.beta2),
     )
-    warm_up_ddp_buckets(parallel, ids, ids, cast)
+    warm_up_ddp_buckets(parallel, *example, cast=cast)
     run = SimpleNamespace(
         config=config, info=info, ranks=ranks, say=say, step=0,
         model=model, parallel=parallel, optimizer=optimizer, autocast=cast,
@@ -203,6 +223,8 @@ def run_steps(run, signals):
     ):
         run.step = line["step"]
         line |= speed(run, line.pop("seconds"))
+        if run.after_step is not None:
+            run.after_step(run.model, line)
         problem = run.recorder is not None and run.recorder.problem
         stopping = any_rank(bool(signals or problem), ranks.device)
         last = run.step == config.steps
@@ -363,7 +385,7 @@ def finish(run, ended):
     lines = read_metrics(folder / "metrics.jsonl")
     try:
         if ended:
-            save_pretrained(run.model, folder / "model", run.tokenizer)
+            run.save_model(run.model, folder / "model", run.tokenizer)
         if lines:
             draw_curves(folder, levels).savefig(folder / "curves.png", dpi=150)
         if ended:

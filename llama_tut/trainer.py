@@ -29,7 +29,8 @@ def train_step(
     """One optimizer step on k micro batches, averaged.
 
     Args:
-        batches: a list of (inputs, targets), each [B, T], on any device.
+        batches: a list of tuples, on any device: what the model is called
+            with, then the targets; (ids, targets), each [B, T], for a LLaMA.
         max_norm: the gradient is clipped to this norm; 0 does not clip.
         autocast: called for the context of each forward pass.
         sync: called with whether the micro batch is the last, gives the
@@ -43,11 +44,15 @@ def train_step(
     """
     loss = 0.0
     device = next(model.parameters()).device
-    for i, (inputs, targets) in enumerate(batches, 1):
+    counts = [(targets >= 0).sum() for *_, targets in batches]
+    total = torch.stack(counts).sum().float().to(device)
+    total = mean(total) if mean else total
+    for i, (*inputs, targets) in enumerate(batches, 1):
+        inputs = [tensor.to(device) for tensor in inputs]
         with sync(i == len(batches)) if sync else nullcontext():
             with autocast():
-                part = model(inputs.to(device), targets=targets.to(device))
-                part = part / len(batches)
+                part = model(*inputs, targets=targets.to(device))
+                part = part * counts[i - 1] / total
             part.backward()
         loss += part.detach()  # the number only: the graph may go
     norm = clip_grad_norm_(model.parameters(), max_norm or math.inf)
@@ -72,7 +77,7 @@ def training_steps(
     """Train, and yield what metrics.jsonl keeps of each step.
 
     Args:
-        next_batch: called for each micro batch, gives (inputs, targets).
+        next_batch: called for each micro batch, gives a tuple as above.
         learning_rate: the learning rate as a function of the step, from 0.
         steps, first: the loop takes the steps from `first` to `steps` - 1.
         k: micro batches a step.
@@ -121,7 +126,7 @@ def evaluate(
     All ranks make equally many passes, each on its own rows.
 
     Args:
-        loader: a `ShardLoader` of one rank that does not shuffle.
+        loader: as a `ShardLoader` of one rank that does not shuffle.
         mean: averages a tensor over ranks. None: alone.
     """
     B, device = loader.batch_size, next(model.parameters()).device
@@ -129,12 +134,13 @@ def evaluate(
     model.eval()
     for first in range(rank * B, rows + rank * B, world_size * B):
         loader.position = min(first, rows - 1)
-        inputs, targets = loader.next_batch()
+        *inputs, targets = loader.next_batch()
+        inputs = [tensor.to(device) for tensor in inputs]
         targets = targets.clone()  # it shares its memory with the inputs
         targets[max(rows - first, 0) :] = -100  # rows beyond do not count
         count = (targets >= 0).sum().item()
         with autocast():
-            loss = model(inputs.to(device), targets=targets.to(device))
+            loss = model(*inputs, targets=targets.to(device))
         if count:
             total += torch.tensor([loss.item() * count, count])
     model.train()

@@ -3,7 +3,8 @@
     python scripts/train.py --data data/docs --out runs/first
     python scripts/train.py --out runs/first --resume
 
-Every option is a field of TrainConfig or of the model's LlamaConfig.
+Every option is a field of TrainConfig, of the model's LlamaConfig, or of a
+later chapter's dataclass in EXTRA.
 """
 
 import argparse
@@ -28,6 +29,10 @@ from llama_tut.tools.options import (
     configure,
     flag,
 )
+
+# Dataclasses of options that later chapters add; their values are in
+# TrainConfig's `extra`, and `extra_options` makes an instance of them.
+EXTRA = ()
 
 
 def rope_scaling(text):
@@ -62,13 +67,15 @@ def build_parser():
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.HelpFormatter,
     )
-    for title, config in (("run", TrainConfig), ("model", LlamaConfig)):
+    groups = [("run", TrainConfig), ("model", LlamaConfig)]
+    groups += [(config.__doc__.split("\n")[0], config) for config in EXTRA]
+    for title, config in groups:
         group = parser.add_argument_group(title)
         for field in fields(config):
-            if field.name == "model":  # what the second group fills
+            if field.name in ("model", "extra"):  # what other groups fill
                 continue
             text = field.metadata["help"].replace("%", "%%")
-            if config is TrainConfig and field.default not in ("", None):
+            if config is not LlamaConfig and field.default not in ("", None):
                 text += f" (default: {field.default})"
             group.add_argument(
                 flag(field.name),
@@ -82,7 +89,7 @@ def build_parser():
 
 def main():
     try:
-        config = configure(vars(build_parser().parse_args()))
+        config = configure(vars(build_parser().parse_args()), EXTRA)
         fast = {"prepare_model": speed_up, "score_batch": score_packed}
         train(config, **({} if config.plain else fast))
     except InputError:

@@ -15,7 +15,7 @@ from training_setup import OPTIONS, losses, metrics, tiny_data
 
 from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
-from llama_tut.pretraining import build_llama, train
+from llama_tut.pretraining import build_llama, build_text_loader, train
 from llama_tut.tools.choice import (
     read_choices,
 )
@@ -471,3 +471,66 @@ def test_a_run_of_another_version(config):
         with pytest.raises(InputError) as error:
             configure({"out": config.out, "resume": True})
         assert "\n" not in str(error.value)
+
+
+def test_a_later_chapter_passes_its_own_parts(config):
+    """A model of two inputs, its loader, a hook after each step, an export."""
+
+    class Shifted(LlamaForCausalLM):
+        def forward(self, input_ids=None, shift=None, **others):
+            if shift is not None:
+                embedded = self.model.embed_tokens(input_ids) + shift
+                return super().forward(inputs_embeds=embedded, **others)
+            return super().forward(input_ids, **others)
+
+    def build(config, info):
+        model = Shifted(llama_config(config, info))
+        model.register_buffer("steps", torch.zeros(()))
+        return model
+
+    def with_shift(config, info, ranks, split):
+        loader = build_text_loader(config, info, ranks, split)
+        rows = loader.batch_at
+
+        def batch_at(position):
+            inputs, targets = rows(position)
+            targets[:, : position % 7] = -100
+            return inputs, torch.ones(len(inputs), 1, 1), targets
+
+        loader.batch_at = batch_at
+        return loader
+
+    def after_step(model, line):
+        model.steps += 1
+        line["steps_so_far"] = model.steps.item()
+
+    def save_model(model, folder, tokenizer):
+        folder.mkdir()
+        (folder / "mine.txt").write_text(f"{model.steps.item():.0f}")
+
+    parts = dict(
+        build_model=build, build_loader=with_shift,
+        after_step=after_step, save_model=save_model,
+    )  # fmt: skip
+    forward = Shifted.forward
+    Shifted.forward = crashing_after(forward, 8 * 5 + 2)
+    with pytest.raises(Crash):
+        train(config, **parts)
+    Shifted.forward = forward
+    train(replace(config, resume=True), **parts)
+    lines = metrics(config.out)
+    assert [line["steps_so_far"] for line in lines] == list(range(1, 17))
+    assert (Path(config.out) / "model" / "mine.txt").read_text() == "16"
+
+
+def crashing_after(forward, passes):
+    """A forward pass that fails at one of its training passes."""
+    done = []
+
+    def crash(self, *args, **kwargs):
+        done.append(self.training and torch.is_grad_enabled())
+        if sum(done) == passes:
+            raise Crash
+        return forward(self, *args, **kwargs)
+
+    return crash

@@ -52,6 +52,43 @@ def test_micro_batches_and_their_number_do_not_matter(config, data):
         torch.testing.assert_close(step(B), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_every_target_counts_once_however_they_are_spread(config, data):
+    """Targets of -100, unevenly over micro batches and over ranks."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(64, (4, 17), generator=generator)
+    inputs, targets = rows[:, :-1], rows[:, 1:].clone()
+    targets[0, 1:], targets[1, 5:], targets[3, :9] = -100, -100, -100
+    counted = (targets >= 0).sum()
+
+    def step(batches, mean=None):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(64, 32, 48, 2, 2))
+        optimizer = build_optimizer(model, "adamw", 1e-2)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step = lambda: before.clear()  # keep the gradients
+        optimizer.zero_grad = lambda: None
+        loss, norm = train_step(
+            model, optimizer, batches, max_norm=0, mean=mean
+        )
+        assert not before and math.isfinite(norm)
+        return loss, [p.grad for p in model.parameters()]
+
+    loss, whole = step([(inputs, targets)])
+    parts = list(zip(inputs.split(1), targets.split(1), strict=True))
+    apart, gradients = step(parts)
+    assert apart == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(gradients, whole, rtol=1e-4, atol=1e-6)
+    total = 0  # two ranks, one after the other: their mean is the whole
+    for mine in (parts[:1], parts[1:]):
+
+        def mean(own):
+            return counted / 2.0 if own.dim() == 0 else own
+
+        _, gradients = step(mine, mean)
+        total += gradients[0] / 2
+    torch.testing.assert_close(total, whole[0], rtol=1e-4, atol=1e-6)
+
+
 def test_validation_depends_neither_on_batch_nor_on_ranks(config, data):
     model = build_llama(config, load_dataset_info(data))
     loader = ShardLoader(data, "val", 1, 32, shuffle=False)
@@ -124,7 +161,7 @@ def test_all_ranks_refuse_what_one_of_them_has(bad):
     with pytest.raises(FloatingPointError):
         train_step(
             model, optimizer, [(rows[:, :-1], rows[:, 1:])],
-            mean=lambda own: (own + other) / 2,
+            mean=lambda own: (own + other) / 2 if own.dim() else own,
         )  # fmt: skip
     assert not optimizer.state
 

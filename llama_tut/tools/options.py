@@ -60,6 +60,7 @@ class TrainConfig:
     checkpoint_every: int = option(0, "steps between checkpoints (0: at end)")
     keep_checkpoints: int = option(3, "how many of them to keep")
     model: dict = field(default_factory=dict, metadata={"help": "its shape"})
+    extra: dict = field(default_factory=dict, metadata={"help": "of others"})
 
     def __post_init__(self):
         for least, names in AT_LEAST.items():
@@ -178,20 +179,24 @@ def preset(name):
 PRESETS = {name: preset(name) for name in ROWS}
 
 
-def configure(options):
+def configure(options, extra=()):
     """A TrainConfig from the options that were given, as a dictionary.
 
-    Names of LlamaConfig's fields go to `model`. Given options win over the
+    Names of LlamaConfig's fields go to `model`, those of the dataclasses in
+    `extra`, which later chapters add, to `extra`. Given options win over the
     preset's, or with `resume` over those that the run was started with.
 
     Raises:
         InputError: an unknown preset, or a value that cannot be.
     """
-    names = {f.name for f in fields(TrainConfig)}
-    own = {k: v for k, v in options.items() if k in names}
-    model = {k: v for k, v in options.items() if k not in names}
-    for name in model.keys() - {f.name for f in fields(LlamaConfig)}:
-        raise InputError(f"{flag(name)} is no option")
+    known = {f.name: "model" for f in fields(LlamaConfig)}
+    known |= {f.name: "extra" for kind in extra for f in fields(kind)}
+    known |= {f.name: "own" for f in fields(TrainConfig)}
+    found = {"own": {}, "model": {}, "extra": {}}
+    for name, value in options.items():
+        require(name in known, f"{flag(name)} is no option")
+        found[known[name]][name] = value
+    own, model = found["own"], found["model"]
     started = own.get("resume") and started_with(own.get("out", ""))
     name = own.get("preset", started["preset"] if started else "laptop")
     require(
@@ -203,7 +208,20 @@ def configure(options):
         base["preset"] == name,
         f"--preset {name}: this run was started with {base['preset']}",
     )
-    return TrainConfig(**base | own | {"model": base["model"] | model})
+    nested = {
+        "model": base["model"] | model,
+        "extra": base.get("extra", {}) | found["extra"],
+    }
+    config = TrainConfig(**base | own | nested)
+    for kind in extra:  # refuses a value that cannot be
+        extra_options(config, kind)
+    return config
+
+
+def extra_options(config, kind):
+    """The options of a later chapter: `kind` is their dataclass."""
+    names = {f.name for f in fields(kind)}
+    return kind(**{k: v for k, v in config.extra.items() if k in names})
 
 
 def started_with(out):
@@ -302,8 +320,11 @@ def check_same_run(path, before, after):
 
 def changes(before, config):
     """A line for each option that is another than in the checkpoint."""
-    for name, new in asdict(config).items():
-        old = before["config"].get(name, new)
+    old_options, new_options = before["config"], asdict(config)
+    old_options |= old_options.get("extra", {})
+    new_options |= new_options.pop("extra")
+    for name, new in new_options.items():
+        old = old_options.get(name, new)
         if old != new and name not in ("data", "out", "resume"):
             yield f"{flag(name)} was {old}, from here on it is {new}"
 

@@ -1,17 +1,22 @@
 """Options and presets."""
 
+import json
 import sys
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from llama_tut.config import LlamaConfig
+from llama_tut.config import LlamaConfig, option
 from llama_tut.tools.files import InputError
 from llama_tut.tools.options import (
     PRESETS,
     TrainConfig,
+    changes,
+    check_choices,
     configure,
+    extra_options,
     flag,
     gradient_accumulation_steps,
 )
@@ -64,3 +69,37 @@ def test_given_options_win_over_the_preset():
     assert PRESETS["h100"]["model"]["num_hidden_layers"] == 12
     with pytest.raises(InputError, match="--hidden-sise is no option"):
         configure({"hidden_sise": 3})
+
+
+@dataclass(frozen=True)
+class Sugar:
+    """Options of a chapter that this file has never heard of."""
+
+    kind: Literal["cane", "beet"] = option("cane", "where it comes from")
+    lumps: int = option(2, "how many")
+
+    def __post_init__(self):
+        check_choices(self)
+
+
+def test_a_later_chapter_adds_options(tmp_path):
+    config = configure({"steps": 3, "lumps": 5, "hidden_size": 8}, [Sugar])
+    assert config.extra == {"lumps": 5} and config.steps == 3
+    assert extra_options(config, Sugar) == Sugar("cane", 5)
+    with pytest.raises(InputError, match="--kind 'maple': take cane or beet"):
+        configure({"kind": "maple"}, [Sugar])
+    with pytest.raises(InputError, match="--lumps is no option"):
+        configure({"lumps": 5})
+    about = {"config": asdict(config), "data": {}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    given = {"out": str(tmp_path), "resume": True}
+    again = configure(given | {"kind": "beet"}, [Sugar])
+    assert extra_options(again, Sugar) == Sugar("beet", 5)
+    lines = list(changes({"config": asdict(config)}, again))
+    assert lines == []  # it had no kind yet
+    before = configure({"kind": "cane", "out": "a"}, [Sugar])
+    lines = list(changes({"config": asdict(before)}, again))
+    assert "--kind was cane, from here on it is beet" in lines
+    del about["config"]["extra"]  # of an older version
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert configure(given, [Sugar]).extra == {}
