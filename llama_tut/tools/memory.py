@@ -12,56 +12,76 @@ from llama_tut.tools.files import require
 from llama_tut.tools.options import gradient_accumulation_steps
 
 in_bytes = EngFormatter("B", places=2)  # 1.6e9 -> "1.60 GB"
+LARGE_VOCABULARY = 65_536  # above it chapter 19 computes the loss in tiles
 
 
-def activation_bytes(llama, T, dtype, blocks=False):
+def activation_bytes(llama, T, dtype, blocks=False, cut=1, half_stream=False):
     """Bytes that one token of one block keeps for the backward pass.
 
     Args:
         llama: a `LlamaConfig`.
         blocks: attention by blocks of queries (chapter 19), not by one
             kernel, which keeps no weights.
+        cut: ranks that share the heads and the MLP (tensor parallel).
+        half_stream: the residual stream is in `dtype` too, as under FSDP;
+            otherwise it is float32.
     """
     D, I = llama.hidden_size, llama.intermediate_size
     H, C = llama.num_attention_heads, llama.head_dim
     queries, keys = H * C, llama.num_key_value_heads * C
     a, half = dtype.itemsize, dtype.itemsize == 2
     norms = 16 * D + (5 if half else 2) * a * D
+    if half and half_stream:
+        norms = 16 * D
     attention = a * (3 * queries + 2 * keys)
     if blocks:
         n = math.ceil(T / max(32, math.ceil(T / 8)))  # blocks of queries
         weights = H * T / n * (6 if half else 4)
         attention = 2 * a * queries + (n + 1) / 2 * (2 * a * keys + weights)
-    return norms + attention + 4 * a * I
+    return norms + (attention + 4 * a * I) / cut
 
 
-def plan(config, model, device, dtype):
-    """{purpose: bytes} of one rank. The model may be on the meta device.
+def plan(
+    config, model, device, dtype, shards=1, tensor_parallel=1, recompute=False
+):
+    """{purpose: bytes} of one rank, by formula: chapter 25 derives it.
 
     Activations are planned for configs with a LLaMA's fields only.
+
+    Args:
+        model: whole, not yet cut; it may be on the meta device.
+        shards: ranks that FSDP shards over; 1: every rank holds it all.
+        tensor_parallel: ranks that one matrix is cut over.
+        recompute: whether a layer keeps only its input (chapter 24).
     """
     T = config.sequence_length
     rows = config.micro_batch_size * T
     N = sum(p.numel() for p in model.parameters())
     half = dtype == torch.bfloat16
-    parts = {
-        "parameters": 4 * N,
-        "gradients": 4 * N,
-        "optimizer": 8 * N,
-        "bfloat16 copies": 2 * N * half,
-    }
+    own = math.ceil(N / (shards * tensor_parallel))
+    parts = {"parameters": 4 * own, "gradients": 4 * own, "optimizer": 8 * own}
+    if shards == 1:
+        parts["bfloat16 copies"] = 2 * own * half
     llama = model.config
     if hasattr(llama, "num_key_value_heads"):
-        V, D = llama.vocab_size, llama.hidden_size
+        V, D, L = llama.vocab_size, llama.hidden_size, llama.num_hidden_layers
+        tp, a = tensor_parallel, dtype.itemsize
+        if shards > 1:  # the root's parameters, and those of two layers
+            layer = sum(p.numel() for p in model.model.layers[0].parameters())
+            parts["gathered"] = a * (N - (L - 2) * layer) // tp
         # where chapter 19's parts are used
         cpu, fast = device.type == "cpu", not config.plain
         blocks = fast and cpu and half
-        tiles = blocks or (fast and device.type == "cuda" and V > 2**14)
-        block = activation_bytes(llama, T, dtype, blocks)
-        parts["activations"] = round(
-            rows * (llama.num_hidden_layers * block + 12 * D)
-        )
+        large = fast and device.type == "cuda" and V > LARGE_VOCABULARY
+        tiles = tp == 1 and (blocks or large)
+        block = activation_bytes(llama, T, dtype, blocks, tp, shards > 1)
+        if recompute:  # the input of every layer, and all of one
+            stream = a if shards > 1 else 4
+            block = stream * D + block / L
+        parts["activations"] = round(rows * (L * block + 12 * D))
         parts["logits"] = rows * V * (10 if half else 8)
+        if tp > 1:  # the loss over a cut vocabulary
+            parts["logits"] = rows * V * 14 // tp
         if tiles:
             tile = 2**23 if cpu else 2**28
             parts["logits"] = 4 * V * D + 3 * min(tile, 4 * rows * V)
@@ -99,17 +119,19 @@ def check(parts, available, where):
     )
 
 
-def describe(config, info, model, world_size, device, dtype):
+def describe(config, info, model, world_size, device, dtype, **layout):
     """Three lines: the run, a step of it, and the memory of a rank.
 
     Args:
         info: the data's `DatasetInfo`.
         model: may be on the meta device.
+        layout: shards, tensor_parallel and recompute, as `plan` takes them.
 
     Raises:
         InputError: a step cannot be shared out, or does not fit.
     """
-    k = gradient_accumulation_steps(config, world_size)
+    readers = world_size // layout.get("tensor_parallel", 1)
+    k = gradient_accumulation_steps(config, readers)
     N = sum(p.numel() for p in model.parameters())
     tokens = config.steps * config.tokens_per_step
     flops = tokens * model.flops_per_token(config.sequence_length)
@@ -119,11 +141,14 @@ def describe(config, info, model, world_size, device, dtype):
         f"{flops:.3g} FLOPs"
     )
     step = (
-        f"a step: ranks {world_size} x micro batches {k} x rows "
+        f"a step: ranks {readers} x micro batches {k} x rows "
         f"{config.micro_batch_size} x tokens {config.sequence_length} = "
         f"{config.tokens_per_step:,} tokens, on {device.type}, {dtype}"
     )
-    parts, room = plan(config, model, device, dtype), capacity(device)
+    parts, room = (
+        plan(config, model, device, dtype, **layout),
+        capacity(device),
+    )
     listed = ", ".join(
         f"{name} {in_bytes(b)}" for name, b in parts.items() if b
     )
@@ -135,12 +160,12 @@ def describe(config, info, model, world_size, device, dtype):
     return run, step, needed
 
 
-def announce(config, info, ranks, build_model, say):
+def announce(config, info, ranks, build_model, say, **layout):
     """Print what a run will do and need. Raises: InputError, if too much."""
     with torch.device("meta"):  # shapes, no numbers
         model = build_model(config, info)
     dtype = matmul_dtype(config.dtype, ranks.device)
     for line in describe(
-        config, info, model, ranks.world_size, ranks.device, dtype
+        config, info, model, ranks.world_size, ranks.device, dtype, **layout
     ):
         say(line)
