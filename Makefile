@@ -26,11 +26,11 @@ train: .venv ## prepare text, pretrain a small LLaMA on two ranks, show what it 
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash scripts/make_train.sh
 
 test: .venv ## every test, and every notebook run and compared with its committed outputs
-	@$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 -n $(JOBS) --dist loadscope
+	@$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 quick: .venv ## what a contributor needs while working, in under two minutes
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) scripts/export.py --check
-	@$(PY) -m pytest -n $(JOBS) --dist loadscope -m "not slow" tests \
+	@$(PY) -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder -m "not slow" tests \
 	  $(SLOW:%=--ignore=tests/test_%.py)
 
 book: .venv ## render the book to book/_build/html (warnings are errors)

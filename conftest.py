@@ -1,9 +1,11 @@
 """Settings for tests and notebooks: quiet libraries, one thread a worker, and
 outputs of notebooks compared up to the last digits of a float."""
 
+import json
 import math
 import os
 import re
+from pathlib import Path
 
 os.environ.update(
     TQDM_DISABLE="1",
@@ -85,6 +87,26 @@ except ImportError:
     IPyNbCell = ()
 else:
     tolerate_rounding(IPyNbCell)
+
+ROOT = Path(__file__).resolve().parent
+TIMES = ROOT / "benchmarks" / "results" / "notebook_times.json"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker ends with one alone.
+
+    Files with tests marked slow, then notebooks by their recorded seconds,
+    then all others as they were collected.
+    """
+    seconds = json.loads(TIMES.read_text())["seconds"]
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def place(item):
+        return -seconds.get(item.path.stem, 1000 * (item.path in slow))
+
+    items.sort(key=place)
+
 
 failed_notebooks = set()
 

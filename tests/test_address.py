@@ -15,6 +15,8 @@ import pytest
 import test_notebooks
 import yaml
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 URL = "https://github.com/owner/a-book"

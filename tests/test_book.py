@@ -17,6 +17,8 @@ import pytest
 import yaml
 from docutils import nodes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 README = (ROOT / "README.md").read_text()

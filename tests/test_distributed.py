@@ -22,9 +22,10 @@ from llama_tut.distributed import (
 )
 from llama_tut.tools.ranks import start, stop
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "win32", reason="signals of Unix"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix"),
+]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TORCHRUN += ["--local-addr=127.0.0.1"]

@@ -13,6 +13,8 @@ import torch
 from llama_tut import exercises
 from llama_tut.exercises import Hint, describe, expect_close
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

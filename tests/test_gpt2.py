@@ -28,6 +28,8 @@ from llama_tut.gpt2 import (
 from llama_tut.model import LlamaForCausalLM, flops_per_token
 from llama_tut.tools.files import InputError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 ROWS = [*LADDER, TWIN, *BESIDE]

@@ -49,6 +49,8 @@ from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.tools.statistics import mcnemar
 from llama_tut.weights import load_pretrained
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 DATA = Path(os.environ.get("LLAMA_TUT_DATA", ROOT / "../shared/data"))

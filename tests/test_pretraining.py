@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_setup import OPTIONS, losses, metrics, tiny_data
+from training_setup import losses, metrics, tiny_data
 
 from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
@@ -28,18 +28,6 @@ from llama_tut.tools.prepare import load_dataset_info, prepare
 from llama_tut.tools.ranks import Ranks
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny_data(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def config(data, tmp_path):
-    return configure(
-        {"data": str(data), "out": str(tmp_path / "run"), **OPTIONS}
-    )
 
 
 class Crash(Exception):

@@ -21,6 +21,8 @@ from transformers import AutoTokenizer
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained, save_pretrained
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = spec_from_file_location("read_alike", ROOT / "benchmarks/read_alike.py")
 read_alike = module_from_spec(SPEC)

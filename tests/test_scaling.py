@@ -25,6 +25,8 @@ from llama_tut.scaling import (
 )
 from llama_tut.tools.files import InputError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -6,33 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_setup import OPTIONS, tiny_data
 
 from llama_tut.config import LlamaConfig
 from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
 from llama_tut.pretraining import build_llama
-from llama_tut.tools.options import (
-    configure,
-)
 from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.ranks import Ranks
 from llama_tut.trainer import evaluate, train_step, training_steps
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny_data(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def config(data, tmp_path):
-    return configure(
-        {"data": str(data), "out": str(tmp_path / "run"), **OPTIONS}
-    )
 
 
 def test_micro_batches_and_their_number_do_not_matter(config, data):

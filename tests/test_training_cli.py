@@ -20,13 +20,9 @@ from training_setup import (
     losses,
     metrics,
     start,
-    tiny_data,
 )
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny_data(tmp_path_factory.mktemp("corpus"))
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

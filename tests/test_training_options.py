@@ -27,11 +27,6 @@ from llama_tut.tools.options import TrainConfig, configure, llama_config
 from llama_tut.tools.prepare import load_dataset_info
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny_data(tmp_path_factory.mktemp("corpus"))
-
-
 @pytest.fixture
 def short(data, tmp_path):
     """A function that makes a short run: (folder, lines, what it saw)."""
