@@ -81,50 +81,6 @@ def by_the_numbers(xs, ys):
     return tuple(curve_fit(power, np.array(xs), np.array(ys), (3, -0.5))[0])
 
 
-@exercise("scaling.growth")
-def check_growth(answer):
-    """How the best size and the best number of tokens grow with compute."""
-    found = answer(0.34, 0.28)
-    expect(len(found) == 2, "give two exponents: of N and of d")
-    p, q = found
-    expect(
-        abs(p - 0.34 / 0.62) > 1e-3,
-        "the other way round: if tokens help quickly (large beta), few are "
-        "needed, and the compute goes into size",
-    )
-    expect(
-        abs(p - (0.34 * 0.28) ** 0.5) > 1e-3,
-        "a mean of the two exponents is no solution: set the derivative by N "
-        "to zero",
-    )
-    expect(abs(p - 0.28) > 1e-3, "N d grows as c, so p + q must be 1")
-    expect(abs(p - 0.5) > 1e-3, "a half only if alpha and beta are equal")
-    expect_close(p + q, 1.0, "N d grows as c, so p + q must be 1")
-    expect_close(p, 0.28 / 0.62, "set the derivative by N to zero")
-    expect_close(answer(0.5, 0.5), (0.5, 0.5), "equal exponents share alike")
-
-
-@wrong("scaling.growth", "the other way round")
-def exchanged(alpha, beta):
-    return alpha / (alpha + beta), beta / (alpha + beta)
-
-
-@wrong("scaling.growth", "p + q must be 1")
-def plain(alpha, beta):
-    return beta, alpha
-
-
-@wrong("scaling.growth", "a mean of the two")
-def geometric(alpha, beta):
-    p = (alpha * beta) ** 0.5
-    return p, 1 - p
-
-
-@wrong("scaling.growth", "only if alpha and beta are equal")
-def halves(alpha, beta):
-    return 0.5, 0.5
-
-
 @exercise("scaling.factor")
 def check_factor(answer):
     """The factor of compute that a lower loss takes."""
