@@ -58,6 +58,11 @@ CHAPTERS = {
     ),
     "gpt2": ("from GPT-2 to LLaMA", "gpt2", [(278, 494)]),
     "scaling": ("ten times the compute", "scaling", [(388, 494)]),
+    "parallel": (
+        "one model on many ranks",
+        "model distributed parallel",
+        [(44, 135)],
+    ),
 }
 
 STYLE = """
@@ -160,6 +165,8 @@ def pieces():
         for k, h in enumerate((5, 9, 30, 14, 4, 7, 3))
     )
     return [
+        ("parallel", box(38, 138, 226, 270, kind="stack")),
+        ("parallel", box(35, 135, 226, 270, kind="stack")),
         ("model", box(32, 132, 226, 270, kind="frame")),
         ("model", text(250, 150, "model", "end bold")),
         ("block", box(52, 182, 200, 172, kind="stack")),

@@ -4,6 +4,7 @@ A notebook is one process. Here its function goes into a script, together with
 what it names, and the script is started once for each rank.
 """
 
+import ast
 import dis
 import inspect
 import os
@@ -60,13 +61,30 @@ def script_of(function):
 def add_source(value, lines):
     """Add the source of a function or class, after all that it names."""
     lines[value.__name__] = None  # it may name itself
-    source = inspect.getsource(value)
+    source = source_of(value)
     beside = vars(sys.modules[value.__module__])
     for name in global_names(compile(source, "a cell", "exec")):
         if name not in lines and name in beside:
             add_global(name, beside[name], value.__module__, lines)
     del lines[value.__name__]
     lines[value.__name__] = source
+
+
+def source_of(value):
+    """The source of a function or class, in a notebook too.
+
+    Before Python 3.13, `inspect` finds no class of a notebook, but it does
+    find the cell that holds a class's methods.
+    """
+    if not inspect.isclass(value):
+        return inspect.getsource(value)
+    methods = [getattr(v, "__func__", v) for v in vars(value).values()]
+    method = next(filter(inspect.isfunction, methods))
+    text = "".join(inspect.findsource(method)[0])
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef) and node.name == value.__name__:
+            return ast.get_source_segment(text, node)
+    raise OSError(f"the source of {value.__name__} is not found")
 
 
 def global_names(compiled):

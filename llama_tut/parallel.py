@@ -1,0 +1,286 @@
+# From notebooks/24_parallel.ipynb by scripts/export.py: edit the notebook.
+"""Parallel: train a model that is too large for one device.
+
+Letters: B batch, T time, D hidden_size, I intermediate_size, V vocabulary,
+H heads, W ranks, L layers, N parameters.
+"""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
+
+from llama_tut.distributed import micro_step_sync
+from llama_tut.mlp import LlamaMLP
+from llama_tut.tools.files import require
+
+# FSDP2: the same with fewer messages
+
+
+def shard(model, mesh, dtype=None, reshard_after_forward=True):
+    """FSDP2, in place: each rank of `mesh` keeps a piece of each parameter.
+
+    Args:
+        mesh: one axis of a DeviceMesh; its ranks read different rows.
+        dtype: in which weights travel and multiply; None: as they are.
+        reshard_after_forward: whether a layer's weights are freed between
+            its forward and its backward pass.
+
+    Returns: the model. Build its optimizer afterwards.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=dtype and torch.float32,
+        cast_forward_inputs=False,
+    )
+    for layer in model.model.layers:
+        fully_shard(
+            layer,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.model.register_forward_pre_hook(refuse_pieces)
+    return model
+
+
+def refuse_pieces(body, inputs):
+    """Generation calls the body alone, and FSDP2 would not gather for it."""
+    mesh = getattr(body.embed_tokens.weight, "device_mesh", None)
+    require(
+        mesh is None or "dp" not in mesh.mesh_dim_names,
+        "this model lies in pieces on many ranks: gather its weights first "
+        "(parallel.gather_weights), and load them into a whole model",
+    )
+
+
+@contextmanager
+def sync_gradients(model, last):
+    """Sum gradients over ranks in the last micro batch of a step only.
+
+    Forward and backward belong inside. Until then a rank holds the whole
+    gradient. Takes models of `shard`, of DDP, or of one process.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        yield
+    else:
+        with micro_step_sync(model, last):
+            yield
+
+
+def clip_gradients(parameters, max_norm):
+    """Clip to `max_norm` over all ranks; the norm before it, [].
+
+    Pieces must be DTensors, which know what the other ranks hold.
+    """
+    norm = clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def gather_weights(model):
+    """The whole state dict on the CPU of rank 0; empty on other ranks.
+
+    All ranks have to call it.
+    """
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=whole)
+
+
+# What is left: activations
+
+
+def recompute(model):
+    """Keep only each layer's input for backward, in place; same results.
+
+    Call it before `cut` and `shard`. Source: Chen et al., 2016 (arXiv
+    1604.06174).
+    """
+    for layer in model.model.layers:
+        layer.forward = partial(
+            checkpoint,
+            layer.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing here is random
+        )
+    return model
+
+
+# Tensor parallel: cut the matrices
+
+
+class CopyToRanks(torch.autograd.Function):
+    """Megatron's f: nothing forward; backward sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        """x, equal on all ranks of the group -> x."""
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """What this rank found -> the sum of what all have found."""
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class ReduceFromRanks(torch.autograd.Function):
+    """Megatron's g: forward sums over the ranks; nothing backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        """This rank's term -> the sum over the ranks of the group."""
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """gradient, equal on all ranks of the group -> the same."""
+        return gradient, None
+
+
+def vocabulary_loss(hidden, weight, targets, mesh):
+    """`next_token_loss` of chapter 8 with a head cut over its words.
+
+    Args:
+        hidden: [B, T, D], equal on all ranks of `mesh`.
+        weight: the head, a DTensor [V, D] of which this rank has rows.
+        targets: [B, T], equal on all ranks; -100 does not count.
+    """
+    group, rows = mesh.get_group(), weight.to_local()
+    start = mesh.get_local_rank() * -(-len(weight) // mesh.size())
+    x = CopyToRanks.apply(hidden.flatten(0, -2), group)
+    logits = F.linear(x, rows).float()
+    top = logits.detach().amax(-1, keepdim=True)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    column = targets.flatten()[:, None] - start
+    here = (column >= 0) & (column < len(rows))
+    right = logits.gather(-1, column.clamp(0, len(rows) - 1)) * here
+    sums = (logits - top).exp().sum(-1, keepdim=True)
+    both = ReduceFromRanks.apply(torch.cat((sums, right), -1), group)
+    losses = top[:, 0] + both[:, 0].log() - both[:, 1]
+    return losses[targets.flatten() != -100].mean()
+
+
+def replicate(module, mesh):
+    """Make a module's parameters DTensors of which each rank has all."""
+
+    def enter(module, inputs, mesh):
+        whole = [Replicate()]
+        return DTensor.from_local(inputs[0], mesh, whole, run_check=False)
+
+    def leave(module, output, mesh):
+        return output.to_local()
+
+    distribute_module(module, mesh, None, enter, leave)
+
+
+def once(count):
+    """Prepare the first of `count` inputs once for all who read it.
+
+    In backward its gradient is then summed over ranks once, too.
+    """
+    layouts = (Replicate(), *[None] * (count - 1))
+    return PrepareModuleInput(
+        input_layouts=layouts, desired_input_layouts=layouts
+    )
+
+
+def cut(model, mesh):
+    """Tensor parallelism, in place: each rank has slices of all matrices.
+
+    Call it before `shard`. All ranks of `mesh` must read the same rows.
+
+    Args:
+        model: a LLaMA with dense MLPs; `compute_loss` and `head` are swapped.
+        mesh: one axis of a DeviceMesh.
+
+    Raises:
+        InputError: heads, kv heads or width cannot be divided by the ranks.
+    """
+    check_cut(model, mesh.size())
+    columns, rows = ColwiseParallel(), RowwiseParallel()
+    plan = {"self_attn": once(5), "mlp": once(1)}
+    plan |= {f"self_attn.{name}_proj": columns for name in "qkv"}
+    plan |= {f"mlp.{name}_proj": columns for name in ("gate", "up")}
+    plan |= {"self_attn.o_proj": rows, "mlp.down_proj": rows}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+        replicate(layer.input_layernorm, mesh)
+        replicate(layer.post_attention_layernorm, mesh)
+    replicate(model.model.norm, mesh)
+    words = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+    if model.lm_head is not None:
+        words["lm_head"] = columns
+    parallelize_module(model, mesh, words)
+    model.compute_loss = partial(vocabulary_loss, mesh=mesh)
+    model.head = partial(whole_logits, model, mesh)
+    return model
+
+
+def whole_logits(model, mesh, hidden):
+    """`model.head` after `cut`: [..., D] -> all logits [..., V]."""
+    hidden = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False)
+    return F.linear(hidden, model.output_weight).full_tensor()
+
+
+def check_cut(model, W):
+    """Raise InputError, in one line, if W ranks cannot cut this model."""
+    c = model.config
+    dense = all(isinstance(part.mlp, LlamaMLP) for part in model.model.layers)
+    require(
+        dense and hasattr(c, "num_key_value_heads"),
+        "--tensor-parallel cuts LLaMAs with dense MLPs only: use --parallel "
+        "fsdp for this model",
+    )
+    for number, what in (
+        (c.num_attention_heads, "attention heads"),
+        (c.num_key_value_heads, "kv heads"),
+        (c.intermediate_size, "intermediate_size"),
+    ):
+        require(
+            number % W == 0,
+            f"--tensor-parallel {W} cannot cut this model: its {what} "
+            f"({number}) must be divisible by {W}",
+        )
+
+
+def build_mesh(device_type, world_size, tensor_parallel=1):
+    """The ranks as an array with the axes dp and tp, tp neighbours.
+
+    Raises:
+        InputError: the ranks cannot be divided into such groups.
+    """
+    W, tp = world_size, tensor_parallel
+    require(
+        tp > 0 and W % tp == 0,
+        f"--tensor-parallel {tp} does not divide the {W} ranks of this run: "
+        f"start a multiple of {tp} ranks, or choose another number",
+    )
+    names = ("dp", "tp")
+    return init_device_mesh(device_type, (W // tp, tp), mesh_dim_names=names)
