@@ -11,7 +11,7 @@ width of a phone, and no text is smaller than 12 of them.
 from pathlib import Path
 
 OUT = Path(__file__).parent / "_static" / "here"
-WIDTH, HEIGHT = 412, 532
+WIDTH, HEIGHT = 412, 568
 
 MODEL = "model block embedding stream norm attention rope mlp head"
 TRAINER = "trainer checkpoint optimizer distributed loss"
@@ -63,6 +63,7 @@ CHAPTERS = {
         "model distributed parallel",
         [(44, 135)],
     ),
+    "multimodal": ("pictures", "multimodal stream", [(388, 531)]),
 }
 
 STYLE = """
@@ -245,6 +246,8 @@ def pieces():
         ("fast_scoring", fast(91, 494)),
         ("gpt2", box(156, 490, 130, 28, "GPT-2 or LLaMA?")),
         ("scaling", box(298, 490, 98, 28, "scaling")),
+        # what goes beyond
+        ("multimodal", box(298, 527, 98, 28, "pictures")),
     ]
 
 

@@ -2,12 +2,14 @@
 
 python scripts/prepare.py --out data/docs
 python scripts/prepare.py --corpus a.txt b.jsonl --tokenizer gpt2 --out data/mine
+python scripts/prepare.py --corpus digits --tokenizer runs/laptop/model --out data/digits
 """
 
 import time
 
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import require
+from llama_tut.tools.pictures import CORPORA, prepare_pictures
 from llama_tut.tools.prepare import prepare
 
 
@@ -19,9 +21,10 @@ def parse():
         "--corpus",
         nargs="+",
         default=["docs"],
-        metavar="docs|fineweb-edu|FILE",
+        metavar="docs|fineweb-edu|digits|words|FILE",
         help="docstrings, FineWeb-Edu, or text, jsonl and parquet files "
-        "(.gz, .bz2, .xz, .zst too), folders and patterns",
+        "(.gz, .bz2, .xz, .zst too), folders and patterns; or pictures, of "
+        "handwritten digits or of words (chapter 27)",
     )
     add(
         "--tokenizer",
@@ -66,11 +69,33 @@ def main():
         processes is None or 1 <= processes <= 1024,
         "--processes: must be from 1 to 1024",
     )
+    start = time.perf_counter()
+    if len(corpus) == 1 and corpus[0] in CORPORA:
+        tokenizer = options["tokenizer"]
+        require(
+            tokenizer not in ("bpe", "gpt2"),
+            "pictures need the tokenizer of the model that will read them: "
+            "--tokenizer RUN/model",
+        )
+        info = prepare_pictures(corpus[0], tokenizer, out)
+        report_pictures(info, out, time.perf_counter() - start)
+        return
     if len(corpus) == 1 and corpus[0] in ("docs", "fineweb-edu"):
         corpus = corpus[0]
-    start = time.perf_counter()
     info = prepare(corpus, out, **options)
     report(info, out, time.perf_counter() - start)
+
+
+def report_pictures(info, out, seconds):
+    """Print what was made of pictures."""
+    print(
+        f"{out}: pictures of {info.corpus}, {info.train_documents:,} to train "
+        f"on and {info.val_documents:,} held out, in {seconds:.1f} s"
+    )
+    print(
+        f"answers of {info.train_tokens / info.train_documents:.1f} tokens "
+        f"with their end; some pictures as files in {out}/examples"
+    )
 
 
 def report(info, out, seconds):

@@ -2,6 +2,7 @@
 
     python scripts/train.py --data data/docs --out runs/first
     python scripts/train.py --out runs/first --resume
+    python scripts/train.py --data data/digits --text-model runs/first/model ...
 
 Every option is a field of TrainConfig, of the model's LlamaConfig, or of a
 later chapter's dataclass in EXTRA.
@@ -19,6 +20,11 @@ from typing import get_args
 from llama_tut.config import LlamaConfig, RopeScaling
 from llama_tut.fast.scoring import score_packed
 from llama_tut.fast.training import speed_up
+from llama_tut.multimodal import (
+    build_picture_loader,
+    build_pictures,
+    save_pictures,
+)
 from llama_tut.pretraining import train
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import InputError
@@ -29,10 +35,11 @@ from llama_tut.tools.options import (
     configure,
     flag,
 )
+from llama_tut.tools.picture_config import PictureOptions
 
 # Dataclasses of options that later chapters add; their values are in
 # TrainConfig's `extra`, and `extra_options` makes an instance of them.
-EXTRA = ()
+EXTRA = (PictureOptions,)
 
 
 def rope_scaling(text):
@@ -87,11 +94,27 @@ def build_parser():
     return parser
 
 
+def picture_parts(config):
+    """What `train` needs to train on pictures (chapter 27), else nothing."""
+    if not config.extra.get("text_model"):
+        return {}
+
+    def speed_up_text(model, device, dtype):
+        speed_up(model.text, device, dtype)
+
+    return {
+        "build_model": build_pictures,
+        "build_loader": build_picture_loader,
+        "save_model": save_pictures,
+    } | ({} if config.plain else {"prepare_model": speed_up_text})
+
+
 def main():
     try:
         config = configure(vars(build_parser().parse_args()), EXTRA)
         fast = {"prepare_model": speed_up, "score_batch": score_packed}
-        train(config, **({} if config.plain else fast))
+        parts = {} if config.plain else fast
+        train(config, **(parts | picture_parts(config)))
     except InputError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # rank 0 says it; torchrun then ends us

@@ -89,8 +89,13 @@ def open_shards(folder, split, rank=0, world_size=1):
         raise InputError(
             f"{path} cannot be read ({error.strerror}); prepare the data again"
         ) from error
+    count = getattr(info, f"{split}_shards")
+    require(
+        count or not (Path(folder) / f"{split}.npz").exists(),
+        f"{folder} holds pictures: say with --text-model what shall read them",
+    )
     shards = []
-    for number in range(getattr(info, f"{split}_shards")):
+    for number in range(count):
         path = Path(folder) / f"{split}_{number:05d}.bin"
         header, tokens = open_shard(path, number % world_size == rank)
         require(

@@ -5,14 +5,13 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from llama_tut.config import check_number, option
 from llama_tut.tools.baselines import bigram_nats, unigram_nats
 from llama_tut.tools.dataset import DatasetInfo
 from llama_tut.tools.documents import hash_place
@@ -26,28 +25,7 @@ from llama_tut.tools.files import (
 from llama_tut.tools.pretrained import build_once, download_from_wheel
 from llama_tut.tools.tokenizers import read_tokenizer, separator_id
 
-# What may be chosen
-
-
-@dataclass(frozen=True)
-class PictureOptions:
-    """Reading pictures (chapter 27)."""
-
-    text_model: str = option(
-        "", "model to which an encoder is added: a folder"
-    )
-    freeze_text: bool = option(False, "train the encoder and projector only")
-    patch_size: int = option(4, "P, side of a patch in pixels")
-    pixel_shuffle: int = option(1, "R, join R x R patches into one place")
-    encoder_size: int = option(64, "E, width of the encoder")
-    encoder_layers: int = option(1, "blocks of the encoder")
-    encoder_heads: int = option(2, "heads of its attention")
-
-    def __post_init__(self):
-        names = "patch_size pixel_shuffle encoder_size encoder_layers"
-        for name in (*names.split(), "encoder_heads"):
-            flag = "--" + name.replace("_", "-")
-            check_number(flag, getattr(self, name), whole=True)
+# The tokens of the answers
 
 
 def check_same_tokenizer(data, folder):

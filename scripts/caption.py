@@ -1,0 +1,62 @@
+"""Say what a picture shows, with a model that scripts/train.py --text-model made.
+
+python scripts/caption.py --model runs/digits/model --image PICTURE.png
+"""
+
+from pathlib import Path
+
+import torch
+from models import DTYPES, check_device, load_tokenizer
+
+from llama_tut.multimodal import load_pictures, read
+from llama_tut.tools.cli import Parser, run
+from llama_tut.tools.files import require
+from llama_tut.tools.picture_config import read_picture_config
+from llama_tut.tools.pictures import read_picture
+from llama_tut.tools.pretrained import refuse_run
+
+
+def build_parser():
+    """The command line's parser."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, metavar="FOLDER", help="RUN/model")
+    add(
+        "--image",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="pictures, dark ink on white paper",
+    )
+    add("--dtype", choices=DTYPES, default="stored", help="of the weights")
+    add("--device", default="cpu", help="cpu, cuda, mps ...")
+    add("--max-new-tokens", type=int, default=30, help="at most so many")
+    return parser
+
+
+def main():
+    args = build_parser().parse_args()
+    require(args.max_new_tokens >= 1, "--max-new-tokens must be 1 or more")
+    check_device(args.device)
+    folder = Path(args.model).expanduser()
+    refuse_run(folder)
+    require(folder.is_dir(), f"there is no folder {folder}")
+    config = read_picture_config(folder)
+    height, width = config.height, config.width
+    pictures = [read_picture(file, height, width) for file in args.image]
+    tokenizer = load_tokenizer(folder)
+    dtype = DTYPES[args.dtype]
+    model = load_pictures(folder).to(device=args.device, dtype=dtype)
+    shown = torch.stack(pictures).to(
+        args.device, model.text.output_weight.dtype
+    )
+    end = tokenizer.eos_token_id
+    answers = read(model, shown, end, args.max_new_tokens)
+    for file, ids in zip(args.image, answers, strict=True):
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        one = len(args.image) == 1
+        print(text.strip() if one else f"{file}: {text.strip()}")
+
+
+if __name__ == "__main__":
+    run(main)
