@@ -58,11 +58,6 @@ class KVCache(list):
         for layer in self:
             layer.length = min(layer.length, length)
 
-    @property
-    def nbytes(self):
-        """The bytes of memory that all layers take together."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self)
-
 
 # From logits to a token
 
@@ -157,19 +152,17 @@ def stream(
     if attention_mask is not None:
         new = attention_mask.new_ones(B, max_new_tokens)
         attention_mask = torch.cat([attention_mask, new], dim=1).bool()
-    capacity, dtype = T + max_new_tokens, model.output_weight.dtype
-    cache = KVCache(model.config, B, capacity, dtype, device)
-    # Prefill: the prompt, in one piece or in chunks.
+    dtype = model.output_weight.dtype
+    cache = KVCache(model.config, B, T + max_new_tokens, dtype, device)
     for chunk in input_ids.split(min(chunk_size or T, T), dim=1):
         logits = next_logits(model, chunk, cache, attention_mask)
     tokens, ended = input_ids[:, -1], input_ids.new_zeros(B).bool()
     stops = torch.tensor(list(stop_tokens), dtype=torch.long, device=device)
-    # Decode: one token a round.
     for left in reversed(range(max_new_tokens)):
         tokens = torch.where(ended, tokens, choose(logits, **sampling))
         yield tokens
         ended = ended | torch.isin(tokens, stops)
-        if left == 0 or (len(stops) > 0 and ended.all()):
+        if left == 0 or ended.all():
             return
         logits = next_logits(model, tokens[:, None], cache, attention_mask)
 
@@ -210,10 +203,12 @@ class Reader:
     """A model and one row of text that it read, `capacity` tokens at most."""
 
     def __init__(self, model, capacity):
-        weight = model.output_weight
-        self.model, self.device = model, weight.device
-        where = {"dtype": weight.dtype, "device": weight.device}
-        self.cache = KVCache(model.config, 1, capacity, **where)
+        self.model = model
+        dtype, self.device = (
+            model.output_weight.dtype,
+            model.output_weight.device,
+        )
+        self.cache = KVCache(model.config, 1, capacity, dtype, self.device)
 
     @torch.no_grad()
     def read(self, tokens, last):

@@ -1,8 +1,15 @@
 """Chapter 11: the cache, sampling, the loop, and guesses from the text."""
 
+import argparse
+import difflib
+import inspect
+import random
+
 import pytest
 import torch
 from small_model import random_model
+from torch.nn import functional as F
+from transformers import AutoTokenizer
 
 from llama_tut.generate import (
     KVCache,
@@ -17,6 +24,8 @@ from llama_tut.generate import (
     stream_guessing,
 )
 from llama_tut.tools.files import InputError
+from llama_tut.tools.pretrained import find_pretrained
+from llama_tut.weights import load_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,8 @@ def test_cached_logits_equal_full_logits(changes, cuts):
 def test_the_cache_takes_its_memory_once(model):
     c = model.config
     cache = KVCache(c, 3, 40, torch.bfloat16)
-    assert cache.nbytes == 3 * 40 * 2 * 3 * 2 * 8 * 2
+    total = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache)
+    assert total == 3 * 40 * 2 * 3 * 2 * 8 * 2
     keys, values = torch.randn(2, 3, 2, 5, 8).bfloat16()
     place = cache[0].keys.data_ptr()
     for length in (5, 10):
@@ -323,3 +333,28 @@ def test_guessing_refuses_what_cannot_work(model):
         list(stream_guessing(model, PROMPT.expand(2, 4), 3))
     with pytest.raises(InputError, match="do not fit"):
         guessed(model, new=97)
+
+
+@pytest.mark.slow
+def test_a_wrong_offset_hurts_while_the_prompt_lies_in_the_future():
+    """Start again at 0: bad until the prompt is passed. By one: hardly."""
+    folder = find_pretrained()
+    smollm2 = load_pretrained(folder).eval()
+    text = "\n".join(map(inspect.getdoc, (argparse, random, difflib)))
+    ids = AutoTokenizer.from_pretrained(folder)(text).input_ids[:256]
+    ids, T = torch.tensor([ids]), 64
+
+    @torch.no_grad()
+    def losses(wrong_by):
+        """The loss of each token after the prompt, [192]."""
+        cache = KVCache(smollm2.config, 1, 256)
+        first = smollm2(ids[:, :T], cache=cache)
+        positions = torch.arange(T, 256) + wrong_by
+        then = smollm2(ids[:, T:], position_ids=positions, cache=cache)
+        z = torch.cat([first[:, -1:], then], dim=1)[0, :-1]
+        return F.cross_entropy(z, ids[0, T:], reduction="none")
+
+    right = losses(0)
+    again, by_one = losses(-T) - right, losses(-1) - right
+    assert again[:64].mean() > max(1, 3 * again[64:128].mean())
+    assert by_one[64:].abs().mean() < 0.1

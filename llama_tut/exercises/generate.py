@@ -127,57 +127,6 @@ def last_of_the_prompt(model, cache, ids, new):
     return looping(model, cache, ids[:, -1:], new)
 
 
-@exercise("generate.even")
-def check_even(answer):
-    """Tokens at which the cache weighs as much as the weights."""
-    found = answer(SMOLLM2, 134_515_008)
-    expect(
-        found != 23_353,
-        "you count one tensor a layer; keys and values are two",
-    )
-    expect(
-        found != 3_892,
-        "you count the query heads; only keys and values are kept, and there "
-        "are fewer of their heads",
-    )
-    expect(found != 350_299, "you count one layer, each has its own cache")
-    expect(
-        found not in (5_838, 23_352),
-        "the bytes of a number cancel: both have the same dtype",
-    )
-    expect(found != 11_677, "round down")
-    expect(found == 11_676, f"{found} for SmolLM2: it is 11,676")
-
-
-@wrong("generate.even", "keys and values are two")
-def one_tensor(config, N):
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    return N // (heads * config.head_dim)
-
-
-@wrong("generate.even", "count the query heads")
-def query_heads(config, N):
-    heads = config.num_hidden_layers * config.num_attention_heads
-    return N // (2 * heads * config.head_dim)
-
-
-@wrong("generate.even", "one layer")
-def one_layer(config, N):
-    return N // (2 * config.num_key_value_heads * config.head_dim)
-
-
-@wrong("generate.even", "the bytes of a number cancel")
-def bytes_counted_once(config, N):
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    return N // (2 * 2 * heads * config.head_dim)
-
-
-@wrong("generate.even", "round down")
-def rounded_up(config, N):
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    return -(-N // (2 * heads * config.head_dim))
-
-
 @exercise("generate.mask")
 def check_mask(answer):
     """Causal, aligned at the lower right."""
