@@ -6,11 +6,18 @@ Letters: W ranks, N parameters.
 
 import json
 import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -26,6 +33,7 @@ from llama_tut.tools.files import (
     require,
     write_json,
 )
+from llama_tut.tools.ranks import Ranks, own_part, shared_errors
 
 # Random states
 
@@ -48,10 +56,11 @@ def set_random_states(states):
 # The optimizer's state, by name
 
 
-def optimizer_tensors(model, optimizer):
+def optimizer_tensors(model, optimizer, make=False):
     """{"PARAMETER/KEY": tensor} of all the optimizer's state, Adam's `step`
-    among it; a plain number becomes a tensor."""
-    if not optimizer.state:  # torch would take a step of length 0 to make one
+    among it; a plain number becomes a tensor. `make`: make it if there is
+    none yet, by torch's step of length 0."""
+    if not (optimizer.state or make):
         return {}
     state = get_optimizer_state_dict(model, optimizer)["state"]
     return {
@@ -75,13 +84,22 @@ def set_optimizer_tensors(model, optimizer, tensors):
 
 # All or nothing
 
-TENSORS = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
-FILES = (*TENSORS, "state.json")
-
 
 def step_name(step):
     """Name of the folder of one step; names sort as steps do."""
     return f"step_{step:08d}"
+
+
+def names_of_parts(manifest):
+    """The files that a checkpoint of so many ranks must have."""
+    if manifest["format"] == 1:  # of earlier versions: rank 0 wrote all
+        return [
+            "model.safetensors", "optimizer.safetensors",
+            "random.safetensors", "state.json",
+        ]  # fmt: skip
+    ranks = range(1, manifest["ranks"] + 1)
+    tail = "model-00001-of-00001.safetensors"  # as the writer names them
+    return [*(f"shard-{rank:05d}-{tail}" for rank in ranks), "state.json"]
 
 
 def verify_checkpoint(path):
@@ -92,11 +110,12 @@ def verify_checkpoint(path):
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         version, files = manifest["format"], manifest["files"]
-        if isinstance(version, int) and version > 1:
+        if isinstance(version, int) and version > 2:
             raise InputError(f"{path} was written by a newer llama_tut")
-        if (version, step_name(manifest["step"])) != (1, path.name):
+        ours = version in (1, 2) and step_name(manifest["step"]) == path.name
+        if not ours:
             return "manifest.json belongs to another checkpoint"
-        for name in FILES:
+        for name in names_of_parts(manifest):
             if name not in files:
                 return f"manifest.json does not list {name}"
             if fingerprint(path / name) != files[name]:
@@ -116,6 +135,7 @@ def verify_checkpoint(path):
 def require_finite(tensors, step):
     """Refuse to save an infinity or a NaN. Raises: InputError."""
     for name, tensor in tensors.items():
+        tensor = own_part(tensor)
         require(
             not tensor.is_floating_point() or tensor.isfinite().all(),
             f"weights are not finite at step {step} ({name}), so nothing is "
@@ -124,24 +144,29 @@ def require_finite(tensors, step):
         )
 
 
-def write_checkpoint(folder, step, model, optimizer, state, random):
-    """Write and flush the files of one checkpoint into the new `folder`."""
-    weights = {n: t.contiguous() for n, t in model.state_dict().items()}
-    averages = optimizer_tensors(model, optimizer)
-    require_finite(weights | averages, step)
-    drawn = {
-        f"{rank}/{device}": value
-        for rank, states in enumerate(random or [random_states()])
-        for device, value in states.items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    save_file(averages, folder / "optimizer.safetensors")
-    save_file(drawn, folder / "random.safetensors")
+def write_tensors(folder, tensors, ranks):
+    """Write what this rank holds; all ranks call it."""
+    with warnings.catch_warnings():  # that one process is alone
+        warnings.simplefilter("ignore")
+        dcp.save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(
+                folder, save_distributed=True
+            ),
+            planner=dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            process_group=ranks.gloo_group,
+            no_dist=ranks.world_size == 1,
+        )
+
+
+def seal(folder, step, state, world_size):
+    """Add the plain values and the manifest, and flush all files."""
     write_json(folder / "state.json", {"step": step, **state})
-    files = {name: fingerprint(folder / name) for name in FILES}
-    manifest = {"format": 1, "step": step, "files": files}
-    write_json(folder / "manifest.json", manifest)
+    files = {path.name: fingerprint(path) for path in folder.iterdir()}
+    write_json(
+        folder / "manifest.json",
+        {"format": 2, "step": step, "ranks": world_size, "files": files},
+    )
     for path in folder.iterdir():
         flush(path)
     flush(folder)
@@ -164,37 +189,53 @@ def checkpoints(folder):
         ) from error
 
 
-def save_checkpoint(
-    folder, step, model, optimizer, state, keep=3, random=None
-):
-    """Save all of a run as folder/step_XXXXXXXX, or nothing of it.
-
-    `step` counts the steps taken, `state` holds plain values for JSON, `keep`
-    checkpoints stay, `random` lists the `random_states` of the ranks (None:
-    those of this process). Returns the checkpoint's path.
-
-    Raises: InputError when it cannot be written, as on a full disk, or when a
-        number in it is not finite.
-    """
-    folder = Path(folder)
-    final = folder / step_name(step)
-    half = folder / f".tmp-{final.name}"
+@contextmanager
+def in_one_line(final, half):
+    """A disk that is full, on any rank, is bad input. Raises: InputError."""
     try:
-        remove(*folder.glob(".tmp-*"))
-        write_checkpoint(half, step, model, optimizer, state, random)
-        remove(final)
-        half.rename(final)
-        flush(folder)
-        found = checkpoints(folder)
-        upto = [path for path in found if path.name <= final.name]
-        remove(*upto[:-keep], *found[len(upto) :])
-    except (OSError, SafetensorError) as error:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
         remove(half)
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
         reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
         raise InputError(
             f"cannot write the checkpoint {final}: {reason}; earlier "
             "checkpoints are intact: mend that and go on with --resume"
         ) from error
+
+
+def save_checkpoint(folder, step, model, optimizer, state, keep=3, ranks=None):
+    """Save all of a run as folder/step_XXXXXXXX, or nothing of it.
+
+    All ranks call it; `ranks` says who this one is (None: alone). `step`
+    counts the steps taken, `state` holds plain values for JSON, `keep`
+    checkpoints stay. Returns the checkpoint's path.
+
+    Raises: InputError, on all ranks, when it cannot be written, as on a full
+        disk, or when a number in it is not finite.
+    """
+    folder, ranks = Path(folder), ranks or Ranks()
+    final = folder / step_name(step)
+    half = folder / f".tmp-{final.name}"
+    tensors = model.state_dict() | optimizer_tensors(model, optimizer)
+    with shared_errors(ranks.gloo_group), in_one_line(final, half):
+        require_finite(tensors, step)
+        if ranks.rank == 0:
+            remove(*folder.glob(".tmp-*"))
+    for device, drawn in random_states().items():
+        tensors[f"{ranks.rank}/{device}"] = drawn
+    with in_one_line(final, half):
+        write_tensors(half, tensors, ranks)
+    with shared_errors(ranks.gloo_group), in_one_line(final, half):
+        if ranks.rank == 0:
+            seal(half, step, state, ranks.world_size)
+            remove(final)
+            half.rename(final)
+            flush(folder)
+            found = checkpoints(folder)
+            upto = [path for path in found if path.name <= final.name]
+            remove(*upto[:-keep], *found[len(upto) :])
     return final
 
 
@@ -226,13 +267,15 @@ def latest_checkpoint(folder, say=None):
 
 
 def check_shapes(path, model):
-    """Refuse weights at `path` that do not fit the model.
+    """Refuse a checkpoint whose weights do not fit the model.
 
+    Returns: {name: shape} of all its tensors.
     Raises: InputError naming the first tensor that differs.
     """
     ours = {n: list(t.shape) for n, t in model.state_dict().items()}
-    with safe_open(path, framework="pt") as file:
-        theirs = {n: file.get_slice(n).get_shape() for n in file.keys()}
+    found = HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
+    shapes = {name: list(about.size) for name, about in found.items()}
+    theirs = {n: s for n, s in shapes.items() if "/" not in n}
     for name in sorted(ours.keys() | theirs.keys()):
         require(name in ours, f"{path}: {name} is not in the model")
         require(name in theirs, f"{path}: {name} is not in the checkpoint")
@@ -241,24 +284,39 @@ def check_shapes(path, model):
             f"{path}: {name} has the shape {theirs[name]}, the model's is "
             f"{ours[name]}: resume with the options the run was started with",
         )
+    return shapes
 
 
-def load_checkpoint(path, model, optimizer=None, rank=0):
+def load_checkpoint(path, model, optimizer=None, ranks=None):
     """Load what `save_checkpoint` wrote into `model` and `optimizer`.
 
-    Random states come back too, if this rank had some when it was saved.
+    All ranks call it; they may be more or fewer than those that saved. Random
+    states come back too, if this rank had some then.
 
     Returns: the dictionary `state`, with `step` in it.
     Raises: InputError when shapes differ; then nothing was changed.
     """
-    path = Path(path)
-    check_shapes(path / "model.safetensors", model)
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    path, ranks = Path(path), ranks or Ranks()
+    shapes = check_shapes(path, model)
+    drawn = {
+        name: torch.empty(shape, dtype=torch.uint8)
+        for name, shape in shapes.items()
+        if name.startswith(f"{ranks.rank}/")
+    }
+    averages = {}
     if optimizer is not None:
-        averages = load_file(path / "optimizer.safetensors")
+        averages = optimizer_tensors(model, optimizer, make=True)
+        averages = {n: t for n, t in averages.items() if n in shapes}
+    with warnings.catch_warnings():  # that one process is alone
+        warnings.simplefilter("ignore")
+        dcp.load(
+            {**model.state_dict(), **averages, **drawn},  # filled in place
+            storage_reader=HuggingFaceStorageReader(path),
+            process_group=ranks.gloo_group,
+            no_dist=ranks.world_size == 1,
+        )
+    if optimizer is not None:
         set_optimizer_tensors(model, optimizer, averages)
-    random = load_file(path / "random.safetensors")
-    if f"{rank}/cpu" in random:
-        own = {k: v for k, v in random.items() if k.startswith(f"{rank}/")}
-        set_random_states({k.split("/")[1]: v for k, v in own.items()})
+    if drawn:
+        set_random_states({n.split("/")[1]: t for n, t in drawn.items()})
     return read_json(path / "state.json")

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from llama_tut.tools.compilation import try_one_pass
 
@@ -78,3 +79,40 @@ def warm_up_ddp_buckets(model, *batch, cast=nullcontext):
     """
     if isinstance(model, DistributedDataParallel):
         try_one_pass(model, batch, cast)
+
+
+# Where the model lies
+
+
+class Layout:
+    """Where the model lies on the ranks: all of it on each of them.
+
+    Attributes: `ranks` is who this process is; `readers` is who it is among
+    those that read different rows; `memory` is what a rank's memory plan has
+    to know, as keywords of `tools.memory.plan`.
+    """
+
+    def __init__(self, config, ranks):
+        self.config, self.ranks, self.readers = config, ranks, ranks
+        self.memory = {}
+
+    def place(self, model, dtype):
+        """The model where it will train, before its optimizer is built."""
+        return model.to(self.ranks.device)
+
+    def wrap(self, model):
+        """What a training step calls."""
+        return wrap(model, self.ranks)
+
+    def sync(self, model, last):
+        """The context of a micro batch, the last of its step or not."""
+        return micro_step_sync(model, last)
+
+    def clip(self, parameters, max_norm):
+        """Clip the gradient in place; its norm before, over all ranks."""
+        return clip_grad_norm_(parameters, max_norm)
+
+    def whole(self, model, build):
+        """The whole model on rank 0; all ranks call it. `build()` makes a
+        new one where there is none."""
+        return model

@@ -6,7 +6,9 @@ H heads, W ranks, L layers, N parameters.
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -31,9 +33,11 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
-from llama_tut.distributed import micro_step_sync
+from llama_tut.config import option
+from llama_tut.distributed import Layout, micro_step_sync
 from llama_tut.mlp import LlamaMLP
 from llama_tut.tools.files import require
+from llama_tut.tools.options import check_choices, extra_options
 
 # FSDP2: the same with fewer messages
 
@@ -284,3 +288,87 @@ def build_mesh(device_type, world_size, tensor_parallel=1):
     )
     names = ("dp", "tp")
     return init_device_mesh(device_type, (W // tp, tp), mesh_dim_names=names)
+
+
+# The trainer takes it from outside
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """where the model lies (chapter 24)"""
+
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "a rank holds all weights, or a piece of each"
+    )
+    tensor_parallel: int = option(1, "ranks that one matrix is cut over")
+    recompute: bool = option(
+        False, "compute layers again in the backward pass"
+    )
+
+    def __post_init__(self):
+        check_choices(self)
+
+
+class ParallelLayout(Layout):
+    """A model that is recomputed, cut and sharded as the options say.
+
+    Raises: InputError when the ranks or the optimizer cannot do that.
+    """
+
+    def __init__(self, config, ranks):
+        super().__init__(config, ranks)
+        options = extra_options(config, ParallelOptions)
+        W, self.tp = ranks.world_size, options.tensor_parallel
+        self.recompute, self.mesh = options.recompute, None
+        if self.tp == 1 and (W == 1 or options.parallel == "ddp"):
+            self.memory = {"recompute": self.recompute}
+            return
+        require(
+            options.parallel == "fsdp" or W == self.tp,
+            f"--tensor-parallel {self.tp} on {W} ranks leaves {W // self.tp} "
+            "groups: say --parallel fsdp as well, or start fewer ranks",
+        )
+        require(
+            config.optimizer != "muon",
+            "--optimizer muon wants whole matrices, which --parallel fsdp "
+            "and --tensor-parallel cut: take --optimizer adamw",
+        )
+        self.mesh = build_mesh(ranks.device.type, W, self.tp)
+        dp = self.mesh["dp"]
+        self.readers = replace(
+            ranks, rank=dp.get_local_rank(), world_size=dp.size()
+        )
+        self.memory = {
+            "shards": dp.size(),
+            "tensor_parallel": self.tp,
+            "recompute": self.recompute,
+        }
+
+    def place(self, model, dtype):
+        if self.recompute:
+            recompute(model)
+        if self.mesh is not None and self.tp > 1:
+            cut(model, self.mesh["tp"])
+        if self.readers.world_size > 1 and self.mesh is not None:
+            half = dtype if dtype == torch.bfloat16 else None
+            shard(model, self.mesh["dp"], half)
+        return model.to(self.ranks.device)
+
+    def wrap(self, model):
+        return super().wrap(model) if self.mesh is None else model
+
+    def sync(self, model, last):
+        return sync_gradients(model, last)
+
+    def clip(self, parameters, max_norm):
+        return clip_gradients(parameters, max_norm)
+
+    def whole(self, model, build):
+        if self.mesh is None:
+            return model
+        weights = gather_weights(model)
+        if self.ranks.rank != 0:
+            return model
+        whole = build()
+        whole.load_state_dict(weights)
+        return whole.to(self.ranks.device)

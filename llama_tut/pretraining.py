@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import torch
 
 from llama_tut.checkpoint import (
+    check_shapes,
     latest_checkpoint,
     load_checkpoint,
-    random_states,
     save_checkpoint,
 )
-from llama_tut.distributed import micro_step_sync, warm_up_ddp_buckets, wrap
+from llama_tut.distributed import Layout, warm_up_ddp_buckets
 from llama_tut.generate import generate
 from llama_tut.hellaswag import accuracy, read_examples, score, score_rows
 from llama_tut.loader import ShardLoader
@@ -45,7 +45,6 @@ from llama_tut.tools.options import (
 from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.ranks import (
     any_rank,
-    gather_objects,
     mean_over_ranks,
     on_rank_zero,
     shared_errors,
@@ -96,6 +95,7 @@ def train(
     build_loader=build_text_loader,
     after_step=None,
     save_model=save_pretrained,
+    build_layout=Layout,
 ):
     """Train a model as `config` says; every rank calls this.
 
@@ -111,6 +111,8 @@ def train(
         after_step: called with (model, line) on every rank when a step was
             taken; it may change buffers and add numbers to the line.
         save_model: called with (model, folder, tokenizer) in the end.
+        build_layout: called with (config, ranks), gives a `Layout`: where the
+            model lies on the ranks.
     Returns: the last line of metrics.jsonl.
     Raises: InputError for all that the options or the data get wrong.
     """
@@ -119,13 +121,14 @@ def train(
     info, ranks = load_dataset_info(config.data), start(config.device)
     say, lock = partial(print0, ranks.rank), nullcontext()
     try:
-        announce(config, info, ranks, build_model, say)
+        layout = build_layout(config, ranks)
+        announce(config, info, ranks, build_model, say, **layout.memory)
         with shared_errors():  # rank 0 holds the folder for all ranks
             if ranks.rank == 0:
                 lock = lock_folder(Path(config.out), config.resume)
         with lock, stop_signals() as signals:
             run = prepare_run(
-                config, info, ranks, build_model, prepare_model, build_loader
+                config, info, layout, build_model, prepare_model, build_loader
             )
             run.score_batch, run.after_step = score_batch, after_step
             run.save_model = save_model
@@ -133,7 +136,7 @@ def train(
             on_rank_zero(ranks, open_recorder, run)
             try:
                 ended = run_steps(run, signals)
-                return on_rank_zero(ranks, finish, run, ended)
+                return finish(run, ended)
             finally:
                 if run.recorder is not None:
                     run.recorder.close()
@@ -144,25 +147,29 @@ def train(
 # What a run holds
 
 
-def prepare_run(config, info, ranks, build_model, prepare_model, build_loader):
+def prepare_run(
+    config, info, layout, build_model, prepare_model, build_loader
+):
     """Model, optimizer and data of a run, at its first step or resumed."""
-    say = partial(print0, ranks.rank)
+    ranks, say = layout.ranks, partial(print0, layout.ranks.rank)
     torch.manual_seed(config.seed)
     with shared_errors(ranks.gloo_group):
-        loader = build_loader(config, info, ranks, "train")
-        validation = build_loader(config, info, ranks, "val")
+        loader = build_loader(config, info, layout.readers, "train")
+        validation = build_loader(config, info, layout.readers, "val")
         example = loader.next_batch()  # any batch: it leaves no trace
         loader.position = 0
     dtype = matmul_dtype(config.dtype, ranks.device)
     cast = partial(autocast, ranks.device, dtype)
-    model = fast = build_model(config, info).to(ranks.device)
+    build = partial(build_model, config, info)
+    model = build()
     if prepare_model is not None:
         prepare_model(model, ranks.device, dtype)
+    model = fast = layout.place(model, dtype)
     example = [tensor.to(ranks.device) for tensor in example]
     if config.compile:
         fast = compile_model(model, example, ranks, cast, say)
     wait_for_all(ranks)  # ranks finish compiling at different times
-    parallel = wrap(fast, ranks)
+    parallel = layout.wrap(fast)
     optimizer = build_optimizer(
         model,
         config.optimizer,
@@ -172,8 +179,8 @@ def prepare_run(config, info, ranks, build_model, prepare_model, build_loader):
     )
     warm_up_ddp_buckets(parallel, *example, cast=cast)
     run = SimpleNamespace(
-        config=config, info=info, ranks=ranks, say=say, step=0,
-        model=model, parallel=parallel, optimizer=optimizer, autocast=cast,
+        config=config, info=info, ranks=ranks, layout=layout, say=say, step=0,
+        model=model, build=build, parallel=parallel, optimizer=optimizer, autocast=cast,
         loader=loader, validation=validation, recorder=None,
         tokenizer=None, examples=None, choices=None, baselines={},
     )  # fmt: skip
@@ -215,10 +222,11 @@ def run_steps(run, signals):
         learning_rate,
         config.steps,
         first=run.step,
-        k=gradient_accumulation_steps(config, ranks.world_size),
+        k=gradient_accumulation_steps(config, run.layout.readers.world_size),
         max_norm=config.max_norm,
+        clip=run.layout.clip,
         autocast=run.autocast,
-        sync=partial(micro_step_sync, run.parallel),
+        sync=partial(run.layout.sync, run.parallel),
         mean=mean_over_ranks,
     ):
         run.step = line["step"]
@@ -249,8 +257,8 @@ def measure(run):
         run.model,
         run.validation,
         min(run.config.eval_rows, len(run.validation)),
-        rank=run.ranks.rank,
-        world_size=run.ranks.world_size,
+        rank=run.layout.readers.rank,
+        world_size=run.layout.readers.world_size,
         autocast=run.autocast,
         mean=lambda sums: mean_over_ranks(sums.to(run.ranks.device)),
     )
@@ -340,7 +348,9 @@ def resume(run):
             state["step"] <= run.config.steps,
             f"--steps {run.config.steps}: {path} is further already",
         )
-        load_checkpoint(path, run.model, run.optimizer, ranks.rank)
+        check_shapes(path, run.model)
+    load_checkpoint(path, run.model, run.optimizer, ranks)
+    with shared_errors(ranks.gloo_group):
         check_finite(
             run.model,
             run.optimizer,
@@ -354,30 +364,39 @@ def resume(run):
 
 
 def save(run):
-    """Write a checkpoint; all ranks call it, rank 0 writes.
+    """Write a checkpoint; all ranks call it.
 
     Raises: InputError, on all ranks, when it cannot be written or holds a
         number that is not finite.
     """
-    states = gather_objects(random_states(), run.ranks.gloo_group)
     with shared_errors(run.ranks.gloo_group):
         if run.ranks.rank == 0:
             run.recorder.flush()
-            save_checkpoint(
-                Path(run.config.out) / "checkpoints",
-                run.step,
-                run.model,
-                run.optimizer,
-                saved_state(run),
-                run.config.keep_checkpoints,
-                states,
-            )
+    save_checkpoint(
+        Path(run.config.out) / "checkpoints",
+        run.step,
+        run.model,
+        run.optimizer,
+        saved_state(run),
+        run.config.keep_checkpoints,
+        run.ranks,
+    )
 
 
 # The end of a run
 
 
 def finish(run, ended):
+    """All ranks find the whole model, then rank 0 writes what is left."""
+    control = None
+    if ended and run.choices:
+        control, _ = measure_choice(run, exchange_contexts(run.choices))
+    if ended:
+        run.model = run.layout.whole(run.model, run.build)
+    return on_rank_zero(run.ranks, write_results, run, ended, control)
+
+
+def write_results(run, ended, control):
     """Rank 0's last work; the last line of metrics.jsonl."""
     folder, levels = Path(run.config.out), baseline_losses(run.info)
     run.recorder.flush()
@@ -389,10 +408,6 @@ def finish(run, ended):
         if lines:
             draw_curves(folder, levels).savefig(folder / "curves.png", dpi=150)
         if ended:
-            control = None
-            if run.choices:
-                other = exchange_contexts(run.choices)
-                control, _ = measure_choice(run, other)
             print_report(run, lines[-1], levels, control)
             write_samples(run, generate)
             run.say(f"\nwrote {folder / 'model'}")

@@ -22,6 +22,7 @@ def train_step(
     batches,
     *,
     max_norm=1.0,
+    clip=clip_grad_norm_,
     autocast=nullcontext,
     sync=None,
     mean=None,
@@ -32,6 +33,8 @@ def train_step(
         batches: a list of tuples, on any device: what the model is called
             with, then the targets; (ids, targets), each [B, T], for a LLaMA.
         max_norm: the gradient is clipped to this norm; 0 does not clip.
+        clip: called with parameters and the norm, clips in place and gives
+            the norm before.
         autocast: called for the context of each forward pass.
         sync: called with whether the micro batch is the last, gives the
             context in which ranks exchange gradients. None: alone.
@@ -55,7 +58,7 @@ def train_step(
                 part = part * counts[i - 1] / total
             part.backward()
         loss += part.detach()  # the number only: the graph may go
-    norm = clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    norm = clip(model.parameters(), max_norm or math.inf)
     both = torch.stack((loss, norm))
     loss, norm = (mean(both) if mean else both).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):

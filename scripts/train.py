@@ -25,6 +25,7 @@ from llama_tut.multimodal import (
     build_pictures,
     save_pictures,
 )
+from llama_tut.parallel import ParallelLayout, ParallelOptions
 from llama_tut.pretraining import train
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import InputError
@@ -33,13 +34,14 @@ from llama_tut.tools.options import (
     TrainConfig,
     choices,
     configure,
+    extra_options,
     flag,
 )
 from llama_tut.tools.picture_config import PictureOptions
 
 # Dataclasses of options that later chapters add; their values are in
 # TrainConfig's `extra`, and `extra_options` makes an instance of them.
-EXTRA = (PictureOptions,)
+EXTRA = (ParallelOptions, PictureOptions)
 
 
 def rope_scaling(text):
@@ -112,9 +114,12 @@ def picture_parts(config):
 def main():
     try:
         config = configure(vars(build_parser().parse_args()), EXTRA)
-        fast = {"prepare_model": speed_up, "score_batch": score_packed}
-        parts = {} if config.plain else fast
-        train(config, **(parts | picture_parts(config)))
+        parts = {"build_layout": ParallelLayout}
+        if not config.plain:
+            parts |= {"prepare_model": speed_up, "score_batch": score_packed}
+        if extra_options(config, ParallelOptions).parallel == "fsdp":
+            parts.pop("score_batch", None)  # it calls pieces of the model
+        train(config, **parts | picture_parts(config))
     except InputError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # rank 0 says it; torchrun then ends us

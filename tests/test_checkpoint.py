@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import FileSystem
 from training_setup import SHAPE
 
 from llama_tut import checkpoint
@@ -22,8 +24,10 @@ from llama_tut.checkpoint import (
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
-from llama_tut.tools.files import InputError
+from llama_tut.tools.files import InputError, fingerprint, write_json
+from llama_tut.tools.ranks import Ranks
 
+PART = "shard-00001-model-00001-of-00001.safetensors"  # of the one rank
 TEXT = torch.randint(
     50, (40, 4, 9), generator=torch.Generator().manual_seed(0)
 )
@@ -68,8 +72,8 @@ def test_no_pickle_and_hugging_face_names(tmp_path):
     train(model, optimizer, 0, 1)
     path = save_checkpoint(tmp_path, 1, model, optimizer, {})
     assert {f.suffix for f in path.iterdir()} == {".safetensors", ".json"}
-    stored = checkpoint.load_file(path / "model.safetensors")
-    assert stored.keys() == model.state_dict().keys()
+    stored = load_file(path / PART)
+    assert {n for n in stored if "/" not in n} == model.state_dict().keys()
     assert optimizer_tensors(model, optimizer).keys() == {
         f"{name}/{key}"
         for name, _ in model.named_parameters()
@@ -77,23 +81,45 @@ def test_no_pickle_and_hugging_face_names(tmp_path):
     }
 
 
-def test_random_states_of_each_rank_come_back(tmp_path):
+def test_random_states_come_back_to_the_rank_that_had_them(tmp_path):
     model, optimizer = new()
-    torch.manual_seed(1)
-    first = random_states()
     torch.manual_seed(2)
-    path = save_checkpoint(
-        tmp_path, 1, model, optimizer, {}, random=[first, random_states()]
-    )
+    path = save_checkpoint(tmp_path, 1, model, optimizer, {})
     expected = torch.rand(3)
     torch.manual_seed(3)
-    load_checkpoint(path, model, rank=1)
+    load_checkpoint(path, model)
     assert torch.equal(torch.rand(3), expected)
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    load_checkpoint(path, model, rank=2)  # it had no state: keeps its own
+    load_checkpoint(path, model, ranks=Ranks(rank=2))  # it had none: its own
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_earlier_versions_wrote_is_read(tmp_path):
+    """Three safetensors files by rank 0, and format 1 in the manifest."""
+    model, optimizer = new()
+    train(model, optimizer, 0, 5)
+    path = tmp_path / "step_00000005"
+    path.mkdir()
+    averages = optimizer_tensors(model, optimizer)
+    save_file(model.state_dict(), path / "model.safetensors")
+    save_file(averages, path / "optimizer.safetensors")
+    torch.manual_seed(4)
+    state = {"0/cpu": random_states()["cpu"]}
+    save_file(state, path / "random.safetensors")
+    write_json(path / "state.json", {"step": 5})
+    files = {file.name: fingerprint(file) for file in path.iterdir()}
+    manifest = {"format": 1, "step": 5, "files": files}
+    write_json(path / "manifest.json", manifest)
+    drawn, unbroken = torch.rand(2), train(model, optimizer, 5, 9)
+    assert latest_checkpoint(tmp_path) == path
+    model, optimizer = new()
+    assert load_checkpoint(path, model, optimizer) == {"step": 5}
+    assert torch.equal(torch.rand(2), drawn)
+    assert train(model, optimizer, 5, 9) == unbroken
+    (path / "optimizer.safetensors").unlink()
+    assert "optimizer.safetensors is missing" in verify_checkpoint(path)
 
 
 def test_keeps_the_last_k_and_none_of_a_later_step(tmp_path):
@@ -107,16 +133,7 @@ def test_keeps_the_last_k_and_none_of_a_later_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "manifest.json",
-        "model.safetensors",
-        "optimizer.safetensors",
-        "random.safetensors",
-        "state.json",
-    ],
-)
+@pytest.mark.parametrize("name", ["manifest.json", PART, "state.json"])
 @pytest.mark.parametrize("how", ["flip", "cut", "empty", "missing"])
 def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, name, how):
     model, optimizer = new()
@@ -136,7 +153,7 @@ def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, name, how):
     assert newest.name == "step_00000001"
     assert len(lines) == 1 and "step_00000002" in lines[0]
     assert "\n" not in lines[0]
-    file = newest / "model.safetensors"
+    file = newest / PART
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match="all 2 checkpoints"):
         latest_checkpoint(tmp_path, lines.append)
@@ -173,23 +190,18 @@ def test_another_shape_is_refused_by_name(tmp_path, changes, tensor):
     assert not its_optimizer.state_dict()["state"]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "random.safetensors"])
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
-def test_full_disk_leaves_the_earlier_one(tmp_path, monkeypatch, file, kind):
+def test_full_disk_leaves_the_earlier_one(tmp_path, monkeypatch, kind):
     model, optimizer = new()
     save_checkpoint(tmp_path, 1, model, optimizer, {})
-    real = checkpoint.save_file
 
-    def full(tensors, path, *rest):
-        if path.name != file:
-            return real(tensors, path, *rest)
-        path.write_bytes(b"half")
-        text = "No space left on device"
+    def full(self, path, mode):
         if kind is OSError:
-            raise OSError(errno.ENOSPC, text)
-        raise SafetensorError(f"Error while serializing: I/O error: {text}")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        text = "Error while serializing: I/O error: No space left on device"
+        raise SafetensorError(text)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(FileSystem, "create_stream", full)
     with pytest.raises(InputError, match="No space left") as error:
         save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=1)
     assert "\n" not in str(error.value)
@@ -197,10 +209,23 @@ def test_full_disk_leaves_the_earlier_one(tmp_path, monkeypatch, file, kind):
     assert verify_checkpoint(checkpoints(tmp_path)[0]) is None
 
 
+def test_a_full_disk_at_the_last_file(tmp_path, monkeypatch):
+    model, optimizer = new()
+    save_checkpoint(tmp_path, 1, model, optimizer, {})
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(InputError, match="No space left"):
+        save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     model, optimizer = new()
     (tmp_path / ".tmp-step_00000001").mkdir(parents=True)
-    (tmp_path / ".tmp-step_00000001" / "model.safetensors").write_bytes(b"x")
+    (tmp_path / ".tmp-step_00000001" / PART).write_bytes(b"x")
     path = save_checkpoint(tmp_path, 1, model, optimizer, {})
     assert list(tmp_path.iterdir()) == [path]
 
@@ -234,7 +259,7 @@ def test_a_manifest_must_list_every_part(two_steps):
 def test_a_manifest_of_a_newer_version_stops_the_search(two_steps):
     """Going on from the one before would delete what the newer one wrote."""
     path, manifest = newest_manifest(two_steps)
-    path.write_text(json.dumps({**manifest, "format": 2}))
+    path.write_text(json.dumps({**manifest, "format": 3}))
     with pytest.raises(InputError, match="newer llama_tut"):
         latest_checkpoint(two_steps)
     for broken in ({"format": 1}, [], {**manifest, "step": 3}, {"format": 0}):

@@ -176,6 +176,11 @@ def stop():
         dist.destroy_process_group()
 
 
+def own_part(tensor):
+    """What this rank holds of a tensor: all of it, unless it is cut."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def mean_over_ranks(tensor):
     """The mean of a tensor over all ranks; alone, the tensor itself."""
     if not dist.is_initialized():

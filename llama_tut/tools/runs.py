@@ -21,6 +21,7 @@ from llama_tut.tools.files import (
     write_atomic,
     write_json,
 )
+from llama_tut.tools.ranks import own_part
 
 
 def print0(rank, line):
@@ -221,6 +222,7 @@ def check_finite(model, optimizer, where, advice):
         tensors = {name: p} | {f"{name}/{key}": v for key, v in state.items()}
         for full, tensor in tensors.items():
             require(
-                not torch.is_tensor(tensor) or tensor.isfinite().all(),
+                not torch.is_tensor(tensor)
+                or own_part(tensor).isfinite().all(),
                 f"{where} NaN or infinity in {full}: {advice}",
             )
