@@ -104,61 +104,46 @@ def check_shape(config, name, found, wanted):
     expect(found == wanted, f"{name} is {found}, it must be {wanted}")
 
 
-@wrong("config.table", "every name ends in .weight")
-def without_weight(config):
-    return {k.removesuffix(".weight"): s for k, s in table(config).items()}
+def renamed(config, change):
+    """The table with other names; None drops one."""
+    pairs = [(change(name), shape) for name, shape in table(config).items()]
+    return {name: shape for name, shape in pairs if name}
 
 
-@wrong("config.table", "a tied model has no")
-def always_a_head(config):
-    return table(dataclasses.replace(config, tie_word_embeddings=False))
+def replaced(**fields):
+    """The table of a config with these fields."""
+    return lambda config: table(dataclasses.replace(config, **fields))
 
 
-@wrong("config.table", "that is not tied has")
-def never_a_head(config):
-    return table(dataclasses.replace(config, tie_word_embeddings=True))
+def one_up(name):
+    """Blocks counted from 1."""
+    parts = name.split(".")
+    return ".".join(str(int(x) + 1) if x.isdigit() else x for x in parts)
 
 
-@wrong("config.table", "the last norm")
-def no_last_norm(config):
-    found = table(config)
-    del found["model.norm.weight"]
-    return found
-
-
-@wrong("config.table", "numbered from 0")
-def blocks_from_one(config):
-    return {
-        ".".join(
-            str(int(x) + 1) if x.isdigit() else x for x in k.split(".")
-        ): s
-        for k, s in table(config).items()
-    }
-
-
-@wrong("config.table", "two norms")
-def one_norm_a_block(config):
-    found = table(config).items()
-    return {k: s for k, s in found if "post_attention" not in k}
-
-
-@wrong("config.table", "K heads")
-def every_head_has_keys(config):
-    H = config.num_attention_heads
-    return table(dataclasses.replace(config, num_key_value_heads=H))
-
-
-@wrong("config.table", "need not be D / H")
-def width_of_a_head_by_division(config):
-    return table(dataclasses.replace(config, head_dim=None))
-
-
-@wrong("config.table", "stored as [out, in]")
-def in_before_out(config):
-    return {
+for hint, mistake in {
+    "every name ends in .weight": lambda c: renamed(
+        c, lambda name: name.removesuffix(".weight")
+    ),
+    "a tied model has no": replaced(tie_word_embeddings=False),
+    "that is not tied has": replaced(tie_word_embeddings=True),
+    "the last norm": lambda c: renamed(
+        c, lambda name: name * (name != "model.norm.weight")
+    ),
+    "numbered from 0": lambda c: renamed(c, one_up),
+    "two norms": lambda c: renamed(
+        c, lambda name: name * ("post_attention" not in name)
+    ),
+    "K heads": lambda c: replaced(num_key_value_heads=c.num_attention_heads)(
+        c
+    ),
+    "need not be D / H": replaced(head_dim=None),
+    "stored as [out, in]": lambda c: {
         k: s if "embed" in k or "lm_head" in k else s[::-1]
-        for k, s in table(config).items()
-    }
+        for k, s in table(c).items()
+    },
+}.items():
+    wrong("config.table", hint)(mistake)
 
 
 def header(path):
@@ -207,19 +192,16 @@ def check_read_tensor(answer):
             expect_close(found, right, f"these are not the numbers of {name}")
 
 
-@wrong("config.read_tensor", "from the end of the header")
-def from_the_start(path, name):
-    return numbers(path, name).numpy()
-
-
-@wrong("config.read_tensor", "8 bytes as well")
-def without_the_length(path, name):
-    return numbers(path, name, header(path)[0] - 8).numpy()
-
-
-@wrong("config.read_tensor", "not the shape")
-def not_in_shape(path, name):
-    return numbers(path, name, header(path)[0], whole=False).numpy()
+for hint, start, whole in (
+    ("from the end of the header", lambda path: 0, True),
+    ("8 bytes as well", lambda path: header(path)[0] - 8, True),
+    ("not the shape", lambda path: header(path)[0], False),
+):
+    wrong("config.read_tensor", hint)(
+        lambda path, name, start=start, whole=whole: numbers(
+            path, name, start(path), whole
+        ).numpy()
+    )
 
 
 def sizes(c):
@@ -279,35 +261,32 @@ def read(stored):
     }
 
 
-@wrong("config.from_table", "numbered from 0")
-def last_number(stored):
-    found = read(stored)
-    return found | {"num_hidden_layers": found["num_hidden_layers"] - 1}
-
-
-@wrong("config.from_table", "*without* lm_head.weight")
-def tied_where_there_is_a_head(stored):
-    return read(stored) | {"tie_word_embeddings": "lm_head.weight" in stored}
-
-
-@wrong("config.from_table", "a weight is stored as")
-def input_for_output(stored):
-    rows = stored["model.layers.0.mlp.down_proj.weight"][0]
-    return read(stored) | {"intermediate_size": rows}
-
-
-@wrong("config.from_table", "rows of q_proj divided")
-def keys_by_queries(stored):
-    return read(stored) | {"group": 1 / read(stored)["group"]}
-
-
-@wrong("config.from_table", "stored as [out, in]")
-def embedding_the_other_way(stored):
-    D, V = stored["model.embed_tokens.weight"]
-    return read(stored) | {"vocab_size": V, "hidden_size": D}
-
-
-@wrong("config.from_table", "there may be a block 11")
-def one_digit(stored):
-    layers = {name[13] for name in stored if ".layers." in name}
-    return read(stored) | {"num_hidden_layers": len(layers)}
+for hint, field, value in (
+    ("numbered from 0", "num_hidden_layers", lambda right, _: right - 1),
+    (
+        "there may be a block 11",
+        "num_hidden_layers",
+        lambda _, stored: len({n[13] for n in stored if ".layers." in n}),
+    ),
+    (
+        "*without* lm_head.weight",
+        "tie_word_embeddings",
+        lambda right, _: not right,
+    ),
+    (
+        "a weight is stored as",
+        "intermediate_size",
+        lambda _, stored: stored["model.layers.0.mlp.down_proj.weight"][0],
+    ),
+    (
+        "stored as [out, in]",
+        "vocab_size",
+        lambda _, stored: stored["model.embed_tokens.weight"][1],
+    ),
+    ("rows of q_proj divided", "group", lambda right, _: 1 / right),
+):
+    wrong("config.from_table", hint)(
+        lambda stored, field=field, value=value: (
+            read(stored) | {field: value(read(stored)[field], stored)}
+        )
+    )

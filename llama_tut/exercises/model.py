@@ -243,22 +243,8 @@ def check_half_attention(answer):
             tie_word_embeddings=tied,
         )
         found, wanted = answer(config), right(config)
-        hints = {
-            half_width(config): "the width of attention is H * C, and there "
-            "are L layers of it: 4LTHC",
-            4 * wanted: "there are H heads of C numbers each",
-            1 / wanted: "it is the other way round: N over attention's FLOPs "
-            "for one token",
-            wanted / 2: "2N = 4LTHC: a weight takes two FLOPs, a product and "
-            "a sum",
-            2 * wanted: "attention has two products: scores and weighted sums",
-            3 * wanted: "backward triples both: it cancels",
-            without_head(config): "the head is a product, tied or not",
-            with_gains(config): "gains of norms are no matrices",
-            all_parameters(config): "the table of embeddings is looked up, "
-            "that takes no FLOPs",
-        }
-        for value, hint in hints.items():
+        for hint, mistake in SLIPS.items():
+            value = mistake(config)
             same = abs(found / value - 1) < 1e-9
             expect(not same or abs(value / wanted - 1) < 1e-9, hint)
         expect(
@@ -289,50 +275,38 @@ def right(config):
     return flops_per_token(config, 0, training=False) / a_token(config)
 
 
-def half_width(config):
-    """One layer's attention only."""
-    return right(config) * config.num_hidden_layers
+def gains(config):
+    return (2 * config.num_hidden_layers + 1) * config.hidden_size
 
 
-@wrong("model.half_attention", "L layers of it")
-def one_layer_of_attention(config):
-    return half_width(config)
-
-
-@wrong("model.half_attention", "other way round")
-def upside_down(config):
-    return 1 / right(config)
-
-
-@wrong("model.half_attention", "a product and a sum")
-def one_flop_a_weight(config):
-    return right(config) / 2
-
-
-@wrong("model.half_attention", "H heads of C numbers")
-def one_head(config):
-    return right(config) * config.num_attention_heads
-
-
-@wrong("model.half_attention", "tied or not")
 def without_head(config):
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    matrices = parameter_count(config, embeddings=False) - norms
+    matrices = parameter_count(config, embeddings=False) - gains(config)
     return 2 * matrices / a_token(config)
 
 
-@wrong("model.half_attention", "looked up")
-def all_parameters(config):
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    return 2 * (parameter_count(config) - norms) / a_token(config)
-
-
-@wrong("model.half_attention", "two products")
-def scores_only(config):
-    return 2 * right(config)
-
-
-@wrong("model.half_attention", "no matrices")
-def with_gains(config):
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    return right(config) + 2 * norms / a_token(config)
+# A hint, and the mistake that it is for.
+SLIPS = {
+    "the width of attention is H * C, and there are L layers of it: "
+    "4LTHC": lambda c: right(c) * c.num_hidden_layers,
+    "there are H heads of C numbers each": lambda c: (
+        right(c) * c.num_attention_heads
+    ),
+    "it is the other way round: N over attention's FLOPs for one "
+    "token": lambda c: 1 / right(c),
+    "2N = 4LTHC: a weight takes two FLOPs, a product and a sum": lambda c: (
+        right(c) / 2
+    ),
+    "attention has two products: scores and weighted sums": lambda c: (
+        2 * right(c)
+    ),
+    "backward triples both: it cancels": lambda c: 3 * right(c),
+    "the head is a product, tied or not": without_head,
+    "gains of norms are no matrices": lambda c: (
+        right(c) + 2 * gains(c) / a_token(c)
+    ),
+    "the table of embeddings is looked up, that takes no FLOPs": lambda c: (
+        2 * (parameter_count(c) - gains(c)) / a_token(c)
+    ),
+}
+for hint, mistake in SLIPS.items():
+    wrong("model.half_attention", hint)(mistake)

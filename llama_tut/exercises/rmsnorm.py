@@ -28,16 +28,15 @@ def check_norm(answer):
     def is_close(other):
         return torch.allclose(found, other, rtol=1e-4, atol=1e-4)
 
-    expect(not is_close(y), "the gain is missing")
-    expect(
-        not is_close(gain * x / x.norm(dim=-1, keepdim=True)),
-        "your vectors have length 1: take the mean of the squares, not their "
-        "sum",
-    )
-    expect(
-        not is_close(gain * x / x.square().mean(-1, keepdim=True)),
-        "you divide by the mean square: its root is missing",
-    )
+    cases = {
+        gain_forgotten: "the gain is missing",
+        norm_of_length_one: "your vectors have length 1: take the mean of the "
+        "squares, not their sum",
+        mean_square_for_its_root: "you divide by the mean square: its root is "
+        "missing",
+    }
+    for case, hint in cases.items():
+        expect(not is_close(case(x, gain, 0.0)), hint)
     for axis in (0, 1, None):
         keep = {} if axis is None else {"dim": axis, "keepdim": True}
         expect(
@@ -253,34 +252,19 @@ def check_backward(answer):
     gain = norm.weight.detach()
     with torch.no_grad():
         found = answer(x, gain, 0.1, dy)
-        r = root_mean_square(x, 0.1)
-        scaled = dy * gain / r
-        plain = x / r * (dy * x / r).mean(-1, keepdim=True) / r
-    expect(
-        not torch.allclose(torch.as_tensor(found).float(), scaled, atol=1e-4),
-        "you treat the root mean square as a constant, but it moves with x",
-    )
-    expect(
-        not torch.allclose(
-            torch.as_tensor(found).float(), dy / r - plain, atol=1e-4
-        ),
-        "the gain is missing: the gradient reaches y through gain * x / rms",
-    )
-    expect(
-        not torch.allclose(
-            torch.as_tensor(found).float(), x.grad * r, atol=1e-4
-        ),
-        "the whole gradient is divided by the root mean square once more",
-    )
-    g, y = dy * gain, x.detach() / r
-    expect(
-        not torch.allclose(
-            torch.as_tensor(found).float(),
-            (g - y * (g * y).sum(-1, keepdim=True)) / r,
-            atol=1e-4,
-        ),
-        "the component along x is a mean over the D coordinates, not a sum",
-    )
+    cases = {
+        rms_as_constant: "you treat the root mean square as a constant, but "
+        "it moves with x",
+        no_gain: "the gain is missing: the gradient reaches y through gain * "
+        "x / rms",
+        not_divided: "the whole gradient is divided by the root mean square "
+        "once more",
+        sum_over_coordinates: "the component along x is a mean over the D "
+        "coordinates, not a sum",
+    }
+    for case, hint in cases.items():
+        value, own = case(x, gain, 0.1, dy), torch.as_tensor(found).float()
+        expect(not torch.allclose(own, value, atol=1e-4), hint)
     expect_close(
         found,
         x.grad,

@@ -270,29 +270,20 @@ def check_bits(answer):
     )
 
 
-@wrong("tokens.bits", "these are nats")
-def nats_a_byte(total, text):
-    return total / len(text.encode())
-
-
-@wrong("tokens.bits", "count letters")
-def letters(total, text):
-    return total / math.log(2) / len(text)
-
-
-@wrong("tokens.bits", "do not multiply")
-def multiplied(total, text):
-    return total * math.log(2) / len(text.encode())
-
-
-@wrong("tokens.bits", "divide by ln 2 once")
-def divided_twice(total, text):
-    return total / math.log(2) ** 2 / len(text.encode())
-
-
-@wrong("tokens.bits", "do not round")
-def rounded(total, text):
-    return round(total / math.log(2)) // len(text.encode())
+for hint, mistake in {
+    "these are nats": lambda nats, text: nats / len(text.encode()),
+    "count letters": lambda nats, text: nats / math.log(2) / len(text),
+    "do not multiply": lambda nats, text: (
+        nats * math.log(2) / len(text.encode())
+    ),
+    "divide by ln 2 once": lambda nats, text: (
+        nats / math.log(2) ** 2 / len(text.encode())
+    ),
+    "do not round": lambda nats, text: (
+        round(nats / math.log(2)) // len(text.encode())
+    ),
+}.items():
+    wrong("tokens.bits", hint)(mistake)
 
 
 @exercise("tokens.size")
@@ -322,37 +313,20 @@ def check_size(answer):
     )
 
 
-@wrong("tokens.size", "shorter shard")
-def rounded_down(count, vocab_size, shard_tokens):
-    shards = count // shard_tokens
-    return shards, 128 * shards + 2 * count
-
-
-@wrong("tokens.size", "there is no third")
-def always_one_more(count, vocab_size, shard_tokens):
-    shards = count // shard_tokens + 1
-    return shards, 128 * shards + 2 * count
-
-
-@wrong("tokens.size", "no padding")
-def all_full(count, vocab_size, shard_tokens):
-    shards = -(-count // shard_tokens)
-    return shards, shards * (128 + 2 * shard_tokens)
-
-
-@wrong("tokens.size", "header of 128")
-def no_header(count, vocab_size, shard_tokens):
-    return -(-count // shard_tokens), 2 * count
-
-
-@wrong("tokens.size", "four bytes")
-def always_two(count, vocab_size, shard_tokens):
-    shards = -(-count // shard_tokens)
-    return shards, 128 * shards + 2 * count
-
-
-@wrong("tokens.size", "fits in two bytes")
-def off_by_one(count, vocab_size, shard_tokens):
-    shards = -(-count // shard_tokens)
-    width = 2 if vocab_size < 1 << 16 else 4
+def file_size(count, shards, width=2):
     return shards, 128 * shards + width * count
+
+
+for hint, mistake in {
+    "shorter shard": lambda n, V, each: file_size(n, n // each),
+    "there is no third": lambda n, V, each: file_size(n, n // each + 1),
+    "no padding": lambda n, V, each: file_size(
+        -(-n // each) * each, -(-n // each)
+    ),
+    "header of 128": lambda n, V, each: (-(-n // each), 2 * n),
+    "four bytes": lambda n, V, each: file_size(n, -(-n // each)),
+    "fits in two bytes": lambda n, V, each: file_size(
+        n, -(-n // each), 2 if V < 1 << 16 else 4
+    ),
+}.items():
+    wrong("tokens.size", hint)(mistake)
