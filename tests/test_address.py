@@ -14,6 +14,7 @@ import nbformat
 import pytest
 import test_notebooks
 import yaml
+from small_model import caller, refused
 
 pytestmark = pytest.mark.slow
 
@@ -205,16 +206,9 @@ def test_the_cell_installs_the_book_where_it_is_missing(tmp_path):
         "nonsense",
     ],
 )
-def test_a_bad_address_is_refused(url):
+def test_a_bad_address_is_refused(url, monkeypatch, capsys):
     before = (ROOT / "_config.yml").read_text()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "address.py"), url],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
+    refused(caller("address", monkeypatch, capsys)(url))
     assert (ROOT / "_config.yml").read_text() == before
 
 

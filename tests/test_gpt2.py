@@ -1,8 +1,6 @@
 """GPT-2 out of our LLaMA: equal to transformers', and a fair ladder between the two."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import ablation
 import grid
 import pytest
 import torch
+from small_model import caller, refused
 from training_setup import tiny_data
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -226,14 +225,9 @@ def test_committed_rates_are_the_best_tried_and_inside():
         assert min(tried) < best < max(tried), row
 
 
-def test_make_results_prints_every_table():
-    run = subprocess.run(
-        [sys.executable, "benchmarks/results.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+def test_make_results_prints_every_table(monkeypatch, capsys):
+    code, out, err = caller("results", monkeypatch, capsys)()
+    assert (code, err) == (0, "")
     for words in (
         "The ladder",
         "to untied head",
@@ -244,7 +238,7 @@ def test_make_results_prints_every_table():
         "Continuation choice",
         "bigram at the boundary",
     ):
-        assert words in run.stdout
+        assert words in out
 
 
 def test_grid_is_resumable(tmp_path):
@@ -328,17 +322,12 @@ def test_a_grid_of_other_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["ablation", "scaling"])
-def test_grids_refuse_bad_input_in_one_line(script, tmp_path):
-    for option in (["--data", str(tmp_path)], ["--no-such"]):
-        run = subprocess.run(
-            [sys.executable, f"benchmarks/{script}.py", *option],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 2
-        assert run.stderr.startswith("error: ")
-        assert run.stderr.count("\n") == 1
+def test_grids_refuse_bad_input_in_one_line(
+    script, tmp_path, monkeypatch, capsys
+):
+    call = caller(script, monkeypatch, capsys)
+    for options in (["--data", tmp_path], ["--no-such"]):
+        refused(call(*options))
 
 
 def test_a_table_of_positions_has_an_end():

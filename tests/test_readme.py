@@ -2,12 +2,11 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from small_model import caller
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "book/intro.md", "notebooks/18_pretraining.ipynb"]
@@ -58,19 +57,14 @@ def test_ci_runs_the_same_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.fixture(scope="module")
-def options():
+@pytest.fixture
+def options(monkeypatch, capsys):
     """{script: its options}, from --help; train_ddp.sh passes train.py's on."""
     found = {}
     for name in ("prepare", "train", "sample", "evaluate"):
-        path = ROOT / "scripts" / f"{name}.py"
-        done = subprocess.run(
-            [sys.executable, str(path), "--help"],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        found[path.name] = set(re.findall(r"--[a-z0-9-]+", done.stdout))
+        code, out, err = caller(name, monkeypatch, capsys)("--help")
+        assert (code, err) == (0, "")
+        found[f"{name}.py"] = set(re.findall(r"--[a-z0-9-]+", out))
     return found | {"train_ddp.sh": found["train.py"]}
 
 
@@ -84,6 +78,17 @@ def test_every_option_exists(options):
         given = {word.split("=")[0] for word in words if word[:2] == "--"}
         unknown = given - options[Path(script).name]
         assert not unknown, (page, script, unknown)
+
+
+def test_every_command_refuses_in_one_line():
+    """Other tests call main() through `cli.run`, as these lines do."""
+    for name in (
+        *("scripts/address", "scripts/evaluate", "scripts/exercises"),
+        *("scripts/prepare", "scripts/sample", "scripts/train"),
+        *("benchmarks/ablation", "benchmarks/results", "benchmarks/scaling"),
+    ):
+        end = r'\nif __name__ == "__main__":\n    (cli\.)?run\(main\)\n$'
+        assert re.search(end, (ROOT / f"{name}.py").read_text()), name
 
 
 def test_every_file_that_is_named_exists():

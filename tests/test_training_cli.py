@@ -56,21 +56,23 @@ def kill_at(process, out, step):
     assert not alive
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_do_not_change_the_losses(data, unbroken, tmp_path, ranks):
-    options = {"data": data, "out": tmp_path / "run", **OPTIONS, "steps": 16}
-    code, out, err = finish(start(options, ranks))
+def same_run(one, other):
+    """The losses of 16 steps and the last validation loss agree."""
+    assert len(losses(one)) == 16
+    assert losses(one) == pytest.approx(losses(other), abs=1e-5)
+    a, b = (metrics(run)[-1]["val_loss"] for run in (one, other))
+    assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_four_ranks_do_not_change_the_losses(data, unbroken, tmp_path):
+    options = {"data": data, "out": tmp_path / "run", **OPTIONS}
+    code, out, err = finish(start(options, 4))
     assert (code, err) == (0, ""), err
-    alone = losses(unbroken)
-    for step, loss in losses(tmp_path / "run").items():
-        assert loss == pytest.approx(alone[step], abs=1e-5)
-    assert len(alone) == 16
-    last = [metrics(run)[-1]["val_loss"] for run in (unbroken, options["out"])]
-    assert last[0] == pytest.approx(last[1], abs=1e-5)
+    same_run(tmp_path / "run", unbroken)
 
 
 def test_two_machines(data, unbroken, tmp_path):
-    """Both on this one: a torchrun each, joined over a port."""
+    """Both on this one: a torchrun each, joined over a port; two ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -80,9 +82,7 @@ def test_two_machines(data, unbroken, tmp_path):
     ends = [finish(node) for node in nodes]
     assert [(code, err) for code, _, err in ends] == 2 * [(0, "")]
     assert "step 16: validation" in ends[0][1] and ends[1][1] == ""
-    assert losses(tmp_path / "run") == pytest.approx(
-        losses(unbroken), abs=1e-5
-    )
+    same_run(tmp_path / "run", unbroken)
 
 
 def stub(folder, name, text):
@@ -116,18 +116,26 @@ def test_slurm_example(data, tmp_path):
     assert (tmp_path / "said").read_text().endswith("requeue 7\n")
 
 
-def test_kill_twice_and_resume_bit_for_bit(data, tmp_path):
-    """Also across an epoch's end, and then once more on one rank."""
-    options = {"data": data, **OPTIONS, "micro_batch_size": 1}
+@pytest.fixture(scope="module")
+def killed(data, tmp_path_factory):
+    """The options of a run on two ranks that was killed behind step 5."""
+    out = tmp_path_factory.mktemp("runs") / "killed"
+    options = {"data": data, "out": out, **OPTIONS, "micro_batch_size": 1}
+    kill_at(start(options, 2), out, 6)
+    return options
+
+
+def test_kill_twice_and_resume_bit_for_bit(killed, unbroken, tmp_path):
+    """Also across an epoch's end."""
     whole, out = tmp_path / "whole", tmp_path / "run"
-    code, _, err = finish(start({**options, "out": whole}, 2))
+    code, _, err = finish(start({**killed, "out": whole}, 2))
     assert code == 0, err
-    options |= {"out": out}
+    same_run(whole, unbroken)  # two ranks as one, any micro batch
+    shutil.copytree(killed["out"], out)
+    options = {**killed, "out": out, "resume": True}
     process = start(options, 2)
-    kill_at(process, out, 6)
-    process = start({**options, "resume": True}, 2)
     kill_at(process, out, 11)
-    code, said, err = finish(start({**options, "resume": True}, 2))
+    code, said, err = finish(start(options, 2))
     assert (code, err) == (0, "")
     assert re.search(r"resumed at step (8|12)\b", said)
     assert losses(out) == losses(whole)
@@ -136,23 +144,23 @@ def test_kill_twice_and_resume_bit_for_bit(data, tmp_path):
     assert text == (out / "model" / "model.safetensors").read_bytes()
 
 
-def test_resume_on_another_number_of_ranks(data, unbroken, tmp_path):
-    out = tmp_path / "run"
-    options = {"data": data, "out": out, **OPTIONS, "micro_batch_size": 1}
-    process = start(options, 2)
-    kill_at(process, out, 5)
+def test_resume_on_another_number_of_ranks(killed, unbroken, tmp_path):
+    out = shutil.copytree(killed["out"], tmp_path / "run")
     code, _, err = finish(start({"out": out, "resume": True}))
     assert (code, err) == (0, "")
-    assert losses(out) == pytest.approx(losses(unbroken), abs=1e-5)
+    same_run(out, unbroken)
 
 
-def test_sigterm_saves_and_a_second_start_is_refused(data, tmp_path):
+def test_sigterm_saves_and_a_second_start_is_refused(
+    data, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "run"
     options = {"data": data, "out": out, **OPTIONS, "checkpoint_every": 0}
     options["steps"] = 100_000
     process = start(options, 2)
     wait_for_step(process, out, 3)
-    code, _, err = finish(start({**options, "resume": True}))
+    again = {**options, "resume": True}
+    code, err = train_here(monkeypatch, capsys, again)
     assert code == 2 and "in use" in err
     assert len(err.splitlines()) == 1
     process.terminate()
@@ -307,23 +315,23 @@ def test_full_disk_is_one_line(data, tmp_path):
 
 @pytest.mark.parametrize("how", ["reader goes away", "closed"])
 def test_a_closed_stdout_does_not_end_a_run(data, tmp_path, how):
-    """`train.py | head -1` and `train.py >&-` train to the end."""
+    """`train.py | head -1` and `train.py >&-` train to the end.
+
+    The one in a locale without UTF-8.
+    """
+    where = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     out = tmp_path / "run"
     options = flags({"data": data, "out": out, **OPTIONS, "steps": 4})
     script = f"{sys.executable} {ROOT / 'scripts' / 'train.py'}"
     pipe = "| head -1" if how == "reader goes away" else ">&-"
     line = f"set -o pipefail; {script} {' '.join(options)} {pipe}"
     done = subprocess.run(
-        ["bash", "-c", line], capture_output=True, text=True, timeout=120
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | (where if "|" in pipe else {}),
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert (out / "model").is_dir() and len(metrics(out)) == 4
-
-
-def test_a_locale_without_utf_8(data, tmp_path):
-    out = tmp_path / "run"
-    options = {"data": data, "out": out, **OPTIONS, "steps": 2}
-    where = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-    code, _, err = finish(start(options, **where))
-    assert (code, err) == (0, "")
     assert (out / "model").is_dir() and (out / "samples.txt").is_file()
+    assert len(metrics(out)) == 4

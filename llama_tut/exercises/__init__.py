@@ -13,6 +13,7 @@ solutions stand in the chapters, folded.
 
 import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -55,6 +56,18 @@ def wrong(name, hint):
         return answer
 
     return register
+
+
+def wrong_variants(name, answer, variants):
+    """Register `answer` with other options as wrong answers to `name`.
+
+    Args:
+        variants: {what is wrong: (options, hint)}.
+    """
+    for fault, (options, hint) in variants.items():
+        variant = partial(answer, **options)
+        variant.__name__ = fault
+        wrong(name, hint)(variant)
 
 
 def expect(condition, hint):

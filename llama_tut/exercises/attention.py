@@ -5,7 +5,13 @@ from torch.nn import functional as F
 
 from llama_tut.attention import attend, causal_mask
 from llama_tut.config import LlamaConfig
-from llama_tut.exercises import exercise, expect, expect_close, wrong
+from llama_tut.exercises import (
+    exercise,
+    expect,
+    expect_close,
+    wrong,
+    wrong_variants,
+)
 
 
 def by_hand(q, k, v, scale=None, mask="right", repeat="in place", dim=-1):
@@ -102,19 +108,7 @@ def check_attention(answer):
     )
 
 
-def with_mistake(name):
-    """The wrong answer of that name, and the hint it must get."""
-    options, hint = MISTAKES[name]
-
-    def answer(q, k, v):
-        return by_hand(q, k, v, **options)
-
-    answer.__name__ = f"mistake {name!r}"
-    return wrong("attention.attention", hint)(answer)
-
-
-for each in MISTAKES:
-    with_mistake(each)
+wrong_variants("attention.attention", by_hand, MISTAKES)
 
 
 @wrong("attention.attention", "the last two tokens")

@@ -6,7 +6,13 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from llama_tut.exercises import exercise, expect, expect_close, wrong
+from llama_tut.exercises import (
+    exercise,
+    expect,
+    expect_close,
+    wrong,
+    wrong_variants,
+)
 
 
 class Watch:
@@ -165,35 +171,34 @@ def check_size(answer):
     expect(answer(7, 5, "muon") == 116, "it fails for other counts")
 
 
-@wrong("checkpoint.size", "not two")
-def muon_as_adamw(matrices, others, optimizer):
-    return 12 * (matrices + others)
+def size_by(matrices, others, optimizer, adamw=12, muon=8, rest=12):
+    """Bytes by what a number takes: for wrong answers."""
+    if optimizer == "adamw":
+        return adamw * (matrices + others)
+    return muon * matrices + rest * others
 
 
-@wrong("checkpoint.size", "a gradient is not saved")
-def with_gradient(matrices, others, optimizer):
-    return 16 * (matrices + others)
-
-
-@wrong("checkpoint.size", "AdamW's two averages")
-def muon_for_all(matrices, others, optimizer):
-    each = 8 if optimizer == "muon" else 12
-    return each * (matrices + others)
-
-
-@wrong("checkpoint.size", "weights themselves")
-def averages_only(matrices, others, optimizer):
-    return 8 * (matrices + others)
-
-
-@wrong("checkpoint.size", "averages are missing")
-def weights_only(matrices, others, optimizer):
-    return 4 * (matrices + others)
-
-
-@wrong("checkpoint.size", "12 bytes each")
-def in_bfloat16(matrices, others, optimizer):
-    return 6 * (matrices + others)
+wrong_variants(
+    "checkpoint.size",
+    size_by,
+    {
+        "muon_as_adamw": (dict(muon=12), "not two"),
+        "with_gradient": (
+            dict(adamw=16, muon=16, rest=16),
+            "a gradient is not saved",
+        ),
+        "muon_for_all": (dict(rest=8), "AdamW's two averages"),
+        "averages_only": (
+            dict(adamw=8, muon=8, rest=8),
+            "weights themselves",
+        ),
+        "weights_only": (
+            dict(adamw=4, muon=4, rest=4),
+            "averages are missing",
+        ),
+        "in_bfloat16": (dict(adamw=6, muon=6, rest=6), "12 bytes each"),
+    },
+)
 
 
 @exercise("checkpoint.interval")

@@ -7,7 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama_tut.exercises import Hint, exercise, expect, expect_close, wrong
+from llama_tut.exercises import (
+    Hint,
+    exercise,
+    expect,
+    expect_close,
+    wrong,
+    wrong_variants,
+)
 
 
 class World:
@@ -253,39 +260,31 @@ def rank_step(
     return total.item()
 
 
-@wrong("distributed.step", "sum over the ranks: divide")
-def sum_over_ranks(model, optimizer, batches):
-    return rank_step(model, optimizer, batches, by_ranks=False)
-
-
-@wrong("distributed.step", "micro batches add up")
-def sum_over_micro_batches(model, optimizer, batches):
-    return rank_step(model, optimizer, batches, by_micro=False)
-
-
-@wrong("distributed.step", "divide by both")
-def sum_of_everything(model, optimizer, batches):
-    return rank_step(model, optimizer, batches, by_ranks=False, by_micro=False)
-
-
-@wrong("distributed.step", "zero it")
-def never_zeroed(model, optimizer, batches):
-    return rank_step(model, optimizer, batches, zero=False)
-
-
-@wrong("distributed.step", "send once")
-def sent_every_micro_step(model, optimizer, batches):
-    return rank_step(model, optimizer, batches, every=True)
-
-
-@wrong("distributed.step", "average the gradients before")
-def weights_averaged(model, optimizer, batches):
-    return rank_step(model, optimizer, batches, parameters=True)
-
-
-@wrong("distributed.step", "returns its own loss")
-def loss_of_one_rank(model, optimizer, batches):
-    return rank_step(model, optimizer, batches, own_loss=True)
+wrong_variants(
+    "distributed.step",
+    rank_step,
+    {
+        "sum_over_ranks": (
+            dict(by_ranks=False),
+            "sum over the ranks: divide",
+        ),
+        "sum_over_micro_batches": (
+            dict(by_micro=False),
+            "micro batches add up",
+        ),
+        "sum_of_everything": (
+            dict(by_ranks=False, by_micro=False),
+            "divide by both",
+        ),
+        "never_zeroed": (dict(zero=False), "zero it"),
+        "sent_every_micro_step": (dict(every=True), "send once"),
+        "weights_averaged": (
+            dict(parameters=True),
+            "average the gradients before",
+        ),
+        "loss_of_one_rank": (dict(own_loss=True), "returns its own loss"),
+    },
+)
 
 
 @wrong("distributed.step", "a gradient of its own")

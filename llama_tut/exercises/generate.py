@@ -2,18 +2,8 @@
 
 import torch
 
-from llama_tut.config import LlamaConfig
 from llama_tut.exercises import exercise, expect, expect_close, wrong
-
-SMOLLM2 = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
+from llama_tut.exercises.model import SMOLLM2
 
 
 class Tape:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llama_tut.exercises import exercise, expect, wrong
+from llama_tut.exercises import exercise, expect, wrong, wrong_variants
 from llama_tut.loader import feistel, scramble
 
 
@@ -17,7 +17,7 @@ def walk(n, b, rank, world_size):
 def right_rows(lengths, T, position, rank, W, B, **mistake):
     """A solution, with switches for natural mistakes."""
     spare = mistake.get("spare", 1)  # tokens of a shard that start no row
-    stride = mistake.get("stride", T)
+    stride = T + mistake.get("gap", 0)
     epoch = [
         (shard, row * stride)
         for shard, length in enumerate(lengths)
@@ -78,24 +78,19 @@ def check_rows(answer):
     )
 
 
-@wrong("loader.rows", "share one token")
-def rows_without_overlap(lengths, T, position, rank, W, B):
-    return right_rows(lengths, T, position, rank, W, B, stride=T + 1)
-
-
-@wrong("loader.rows", "needs one token more")
-def rows_without_a_last_target(lengths, T, position, rank, W, B):
-    return right_rows(lengths, T, position, rank, W, B, spare=0)
-
-
-@wrong("loader.rows", "ranks read the same rows")
-def rows_of_rank_zero(lengths, T, position, rank, W, B):
-    return right_rows(lengths, T, position, rank, W, B, reads_as=0)
-
-
-@wrong("loader.rows", "stand together")
-def every_wth_row(lengths, T, position, rank, W, B):
-    return right_rows(lengths, T, position, rank, W, B, interleaved=True)
+wrong_variants(
+    "loader.rows",
+    right_rows,
+    {
+        "rows_without_overlap": (dict(gap=1), "share one token"),
+        "rows_without_a_last_target": (
+            dict(spare=0),
+            "needs one token more",
+        ),
+        "rows_of_rank_zero": (dict(reads_as=0), "ranks read the same rows"),
+        "every_wth_row": (dict(interleaved=True), "stand together"),
+    },
+)
 
 
 @wrong("loader.rows", "modulo the number of rows")

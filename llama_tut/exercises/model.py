@@ -10,6 +10,16 @@ from llama_tut.config import LlamaConfig
 from llama_tut.exercises import exercise, expect, expect_close, wrong
 from llama_tut.model import LlamaForCausalLM, flops_per_token, parameter_count
 
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
 
 def stream_of(body, ids, start=0):
     """The body step by step, without the last norm."""
@@ -253,16 +263,7 @@ def check_half_attention(answer):
             f"check (tied: {tied}). Set 2N = 4LTHC, with N all matrices "
             "and the head, and solve for T",
         )
-    smol = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    expect(round(answer(smol)) == 3891, "for SmolLM2 it is 3,891")
+    expect(round(answer(SMOLLM2)) == 3891, "for SmolLM2 it is 3,891")
 
 
 def a_token(config):

@@ -4,7 +4,13 @@ import math
 
 import torch
 
-from llama_tut.exercises import exercise, expect, expect_close, wrong
+from llama_tut.exercises import (
+    exercise,
+    expect,
+    expect_close,
+    wrong,
+    wrong_variants,
+)
 
 
 @exercise("optimizer.adamw")
@@ -76,39 +82,38 @@ def check_adamw(answer):
     expect(same, "you changed what came in: return new tensors")
 
 
-def adamw_with(**fault):
+def adamw_with(
+    p, g, m, v, t, lr, beta1, beta2, eps, weight_decay, **fault
+):  # fmt: skip
     """AdamW's step with one line wrong."""
-
-    def step(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
-        if fault.get("coupled"):
-            g = g + weight_decay * p
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * (g if fault.get("linear") else g**2)
-        t = fault.get("t", t - fault.get("late", 0))
-        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
-        if fault.get("uncorrected"):
-            m_hat, v_hat = m, v
-        shrink = (1 if fault.get("no_lr") else lr) * weight_decay
-        if fault.get("coupled"):
-            shrink = 0
-        sign = -1 if fault.get("uphill") else 1
-        return p - shrink * p - sign * lr * m_hat / (v_hat.sqrt() + eps), m, v
-
-    return step
+    if fault.get("coupled"):
+        g = g + weight_decay * p
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * (g if fault.get("linear") else g**2)
+    t = fault.get("always", t - fault.get("late", 0))
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    if fault.get("uncorrected"):
+        m_hat, v_hat = m, v
+    shrink = (1 if fault.get("no_lr") else lr) * weight_decay
+    if fault.get("coupled"):
+        shrink = 0
+    sign = -1 if fault.get("uphill") else 1
+    return p - shrink * p - sign * lr * m_hat / (v_hat.sqrt() + eps), m, v
 
 
-for name, hint, fault in (
-    ("uncorrected", "correction is missing", dict(uncorrected=True)),
-    ("t_from_zero", "t counts from 1", dict(late=1)),
-    ("beta_without_power", "beta ** t, not beta", dict(t=1)),
-    ("not_squared", "squared gradient", dict(linear=True)),
-    ("l2", "decoupled", dict(coupled=True)),
-    ("decay_without_lr", "lr is missing", dict(no_lr=True)),
-    ("uphill", "uphill", dict(uphill=True)),
-):
-    fault = adamw_with(**fault)
-    fault.__name__ = name
-    wrong("optimizer.adamw", hint)(fault)
+wrong_variants(
+    "optimizer.adamw",
+    adamw_with,
+    {
+        "uncorrected": (dict(uncorrected=True), "correction is missing"),
+        "t_from_zero": (dict(late=1), "t counts from 1"),
+        "beta_without_power": (dict(always=1), "beta ** t, not beta"),
+        "not_squared": (dict(linear=True), "squared gradient"),
+        "l2": (dict(coupled=True), "decoupled"),
+        "decay_without_lr": (dict(no_lr=True), "lr is missing"),
+        "uphill": (dict(uphill=True), "uphill"),
+    },
+)
 
 
 @exercise("optimizer.half_life")

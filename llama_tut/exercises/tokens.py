@@ -2,7 +2,13 @@
 
 import math
 
-from llama_tut.exercises import exercise, expect, expect_close, wrong
+from llama_tut.exercises import (
+    exercise,
+    expect,
+    expect_close,
+    wrong,
+    wrong_variants,
+)
 
 MERGES = ["s t", "e st", "o w", "l ow", "w est", "n e"]
 MERGES = [tuple(pair.split()) for pair in MERGES]
@@ -213,19 +219,15 @@ def learn(words, weigh=True, choose=min, key=tuple, once=False):
     return pair, joined
 
 
-@wrong("tokens.learn", "counts nine")
-def each_word_once(words):
-    return learn(words, weigh=False)
-
-
-@wrong("tokens.learn", "the smaller pair")
-def the_greater_pair(words):
-    return learn(words, choose=max)
-
-
-@wrong("tokens.learn", "count every place")
-def once_a_word(words):
-    return learn(words, once=True)
+wrong_variants(
+    "tokens.learn",
+    learn,
+    {
+        "each_word_once": (dict(weigh=False), "counts nine"),
+        "the_greater_pair": (dict(choose=max), "the smaller pair"),
+        "once_a_word": (dict(once=True), "count every place"),
+    },
+)
 
 
 @wrong("tokens.learn", "hold es where")

@@ -2,7 +2,13 @@
 
 import torch
 
-from llama_tut.exercises import exercise, expect, expect_close, wrong
+from llama_tut.exercises import (
+    exercise,
+    expect,
+    expect_close,
+    wrong,
+    wrong_variants,
+)
 
 
 class Line(torch.nn.Module):
@@ -82,51 +88,49 @@ def check_step(answer):
     )
 
 
-def make_step(divide=True, zero="after", clip="once", steps=1, total="mean"):
+def step_with(
+    model, optimizer, batches, max_norm,
+    divide=True, zero="after", clip="once", steps=1, total="mean",
+):  # fmt: skip
     """A step with a fault, by which line is wrong."""
-
-    def step(model, optimizer, batches, max_norm):
-        k, losses = len(batches), []
-        for inputs, targets in batches:
-            loss = model(inputs, targets=targets)
-            (loss / k if divide else loss).backward()
-            losses.append(loss.item())
-            if clip == "each":
-                torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            if steps == k or steps == "each":
-                optimizer.step()
-            if zero == "between" and inputs is not batches[-1][0]:
-                optimizer.zero_grad()
-            if steps == "each":
-                optimizer.zero_grad()
-        if clip == "once":
+    k, losses = len(batches), []
+    for inputs, targets in batches:
+        loss = model(inputs, targets=targets)
+        (loss / k if divide else loss).backward()
+        losses.append(loss.item())
+        if clip == "each":
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        if steps == 1:
+        if steps == k or steps == "each":
             optimizer.step()
-        if clip == "late":
-            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        if zero in ("after", "between"):
+        if zero == "between" and inputs is not batches[-1][0]:
             optimizer.zero_grad()
-        return {"mean": sum(losses) / k, "sum": sum(losses)}.get(
-            total, losses[-1]
-        )
+        if steps == "each":
+            optimizer.zero_grad()
+    if clip == "once":
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if steps == 1:
+        optimizer.step()
+    if clip == "late":
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if zero in ("after", "between"):
+        optimizer.zero_grad()
+    return {"mean": sum(losses) / k, "sum": sum(losses)}.get(total, losses[-1])
 
-    return step
 
-
-for name, hint, fault in (
-    ("not_divided", "divide each loss", dict(divide=False)),
-    ("zeroed_between", "zero_grad belongs after", dict(zero="between")),
-    ("never_zeroed", "zero_grad is missing", dict(zero="never")),
-    ("steps_each_time", "one step for all", dict(steps="each")),
-    ("clipped_late", "not been clipped", dict(clip="late")),
-    ("clipped_each", "clip once", dict(clip="each")),
-    ("sum_of_losses", "the sum of the losses", dict(total="sum")),
-    ("last_loss", "loss of the last", dict(total="last")),
-):
-    answer = make_step(**fault)
-    answer.__name__ = name
-    wrong("trainer.step", hint)(answer)
+wrong_variants(
+    "trainer.step",
+    step_with,
+    {
+        "not_divided": (dict(divide=False), "divide each loss"),
+        "zeroed_between": (dict(zero="between"), "zero_grad belongs after"),
+        "never_zeroed": (dict(zero="never"), "zero_grad is missing"),
+        "steps_each_time": (dict(steps="each"), "one step for all"),
+        "clipped_late": (dict(clip="late"), "not been clipped"),
+        "clipped_each": (dict(clip="each"), "clip once"),
+        "sum_of_losses": (dict(total="sum"), "the sum of the losses"),
+        "last_loss": (dict(total="last"), "loss of the last"),
+    },
+)
 
 
 @exercise("trainer.mfu")
