@@ -1,9 +1,16 @@
-"""Fixtures of several files: the tiny corpus, and the options of a short run."""
+"""Fixtures of several files: a small model, the tiny corpus, the options of a short run."""
 
 import pytest
+from small_model import save_small_model
 from training_setup import OPTIONS, tiny_data
 
 from llama_tut.tools.options import configure
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The small model, saved; who changes it takes a copy."""
+    return save_small_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,9 @@
 import json
 
 import pytest
-from small_model import caller, damage, refused, save_small_model
+from small_model import caller, damage, refused
 
 from llama_tut.hellaswag import accuracy, read_examples
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_small_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.fixture

@@ -13,17 +13,11 @@ from small_model import (
     caller,
     damage,
     refused,
-    save_small_model,
     special_tokenizer,
 )
 
 from llama_tut.generate import generate
 from llama_tut.weights import load_pretrained
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_small_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.fixture

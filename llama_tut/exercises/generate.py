@@ -3,7 +3,6 @@
 import torch
 
 from llama_tut.exercises import exercise, expect, expect_close, wrong
-from llama_tut.exercises.model import SMOLLM2
 
 
 class Tape:

@@ -3,9 +3,7 @@
 import math
 from pathlib import Path
 
-import matplotlib.style
 import torch
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from llama_tut.tools.files import read_json
@@ -19,6 +17,10 @@ def draw_curves(folder, levels):
     Args:
         levels: horizontal lines, {name: nats}.
     """
+    # Half a second that the ranks which draw nothing need not pay.
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
     lines = read_metrics(Path(folder) / "metrics.jsonl")
     chosen = [line for line in lines if "choice" in line]
     heights = (3, 2) if chosen else (1,)
