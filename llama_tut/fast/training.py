@@ -98,11 +98,6 @@ def tile_size(vocab_size, device):
     return rows, -(-vocab_size // tiles)
 
 
-def tile_of_logits(h, w):
-    """h [R, D], w [M, D] -> the logits of these rows and words, float32."""
-    return (h @ w.T).float()  # [R, M]
-
-
 def find_normaliser(h, weight, tiles):
     """First pass: log of the summed exponentials of each row.
 
@@ -116,7 +111,7 @@ def find_normaliser(h, weight, tiles):
     normaliser = torch.full_like(h[:, :1], -torch.inf).float()  # [R, 1]
     for words in tiles:
         logits = None  # frees a tile before the next is made
-        logits = tile_of_logits(h, weight[words])  # [R, M]
+        logits = (h @ weight[words].T).float()  # [R, M]
         part = logits.logsumexp(-1, keepdim=True)  # [R, 1]
         normaliser = torch.logaddexp(normaliser, part)  # [R, 1]
     return normaliser, logits  # [R, 1], [R, M]
@@ -170,7 +165,7 @@ def loss_and_gradients(
         h_share = (h * share[rows]).to(dtype)  # [R, D]
         for words in reversed(tiles) if wanted else ():
             if words is not tiles[-1]:
-                logits = tile_of_logits(h, w[words])  # [R, M]
+                logits = (h @ w[words].T).float()  # [R, M]
             g = to_gradient(logits, normaliser, y, words).to(dtype)  # [R, M]
             grad_h[rows] += (g @ w[words]) * share[rows]
             grad_w[words] += g.T @ h_share
