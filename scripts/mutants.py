@@ -214,8 +214,8 @@ MUTANTS = [
     Mutant(
         "optimizer's state not put back",
         "checkpoint.py",
-        "        set_optimizer_tensors(model, optimizer, averages)\n",
-        "",
+        "**averages, **drawn}",
+        "**drawn}",
         "test_checkpoint.py::test_resumed_run_is_the_same_bit_for_bit",
     ),
     Mutant(
@@ -223,7 +223,8 @@ MUTANTS = [
         "checkpoint.py",
         'torch.set_rng_state(states["cpu"])',
         "pass",
-        "test_checkpoint.py::test_random_states_of_each_rank_come_back",
+        "test_checkpoint.py::"
+        "test_random_states_come_back_to_the_rank_that_had_them",
     ),
     Mutant(
         "a checkpoint of NaN is saved",
@@ -235,14 +236,14 @@ MUTANTS = [
     Mutant(
         "a manifest that lists too little is believed",
         "checkpoint.py",
-        "for name in FILES:\n            if name not in files:",
+        "for name in names_of_parts(manifest):\n            if name not in files:",
         "for name in files:\n            if False:",
         "test_checkpoint.py::test_a_manifest_must_list_every_part",
     ),
     Mutant(
         "saving before the first step counts as one",
         "checkpoint.py",
-        "if not optimizer.state:",
+        "if not (optimizer.state or make):",
         "if False:",
         "test_checkpoint.py::"
         "test_saving_before_the_first_step_changes_nothing",

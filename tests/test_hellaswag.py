@@ -351,7 +351,7 @@ def test_transformers_model_scores_as_ours():
     folder = find_pretrained()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    examples = read_examples(limit=6)
+    examples = read_examples(limit=3)
     a = score(load_pretrained(folder).eval(), tokenizer, examples)
     b = score(theirs, tokenizer, examples)
     for ours, other in zip(a, b, strict=True):
