@@ -203,11 +203,8 @@ class Reader:
     """A model and one row of text that it read, `capacity` tokens at most."""
 
     def __init__(self, model, capacity):
-        self.model = model
-        dtype, self.device = (
-            model.output_weight.dtype,
-            model.output_weight.device,
-        )
+        self.model, self.device = model, model.output_weight.device
+        dtype = model.output_weight.dtype
         self.cache = KVCache(model.config, 1, capacity, dtype, self.device)
 
     @torch.no_grad()
