@@ -21,13 +21,14 @@ def parameter_groups(model, weight_decay, muon=False):
 
     Args:
         model: the inner model, before anything flattens its parameters.
-        muon: put the matrices of the blocks into a group marked `muon`.
+        muon: put the matrices of the blocks, and stacks of matrices (the
+            experts of chapter 26), into a group marked `muon`.
     """
     groups = {}
     for name, p in model.named_parameters():
         # Blocks are numbered, as in layers.0; embeddings and head are not.
         in_block = any(part.isdigit() for part in name.split("."))
-        key = p.dim() >= 2, muon and in_block and p.dim() == 2
+        key = p.dim() >= 2, muon and in_block and p.dim() >= 2
         groups.setdefault(key, []).append((name, p))
     return [
         {
@@ -105,7 +106,8 @@ def newton_schulz(g, steps=5):
 
 
 def muon_step(state, matrices, group, momentum):
-    """One step of Muon, in place, for matrices of one shape."""
+    """One step of Muon, in place, for matrices of one shape, or for stacks
+    of them, [..., rows, columns]: each matrix of a stack is its own."""
     for p in matrices:
         if not state[p]:  # AdamW's loader expects a `step` everywhere
             state[p]["step"] = torch.zeros(())
@@ -114,8 +116,10 @@ def muon_step(state, matrices, group, momentum):
     gradients = [p.grad for p in matrices]
     torch._foreach_lerp_(means, gradients, 1 - momentum)
     ahead = torch._foreach_lerp(gradients, means, momentum)  # Nesterov
-    updates = newton_schulz(torch.stack(ahead)).to(matrices[0].dtype)
-    size = group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5
+    ahead = torch.stack(ahead)  # [count, ..., rows, columns]
+    updates = newton_schulz(ahead.flatten(0, -3)).view_as(ahead)
+    updates = updates.to(matrices[0].dtype)
+    size = group["lr"] * 0.2 * max(matrices[0].shape[-2:]) ** 0.5
     torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
     torch._foreach_add_(matrices, list(updates), alpha=-size)
 

@@ -116,6 +116,10 @@ def read_config(folder):
     return LlamaConfig.from_hf(read_json(Path(folder) / "config.json"))
 
 
+# model_type: load(folder, dtype, device), where a later chapter adds one (26)
+FAMILIES = {}
+
+
 def load_pretrained(name=None, dtype=None, device="cpu"):
     """A model with real weights.
 
@@ -129,6 +133,9 @@ def load_pretrained(name=None, dtype=None, device="cpu"):
         InputError: there is no such model, or it cannot be built.
     """
     folder = find_pretrained(name)
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind in FAMILIES:
+        return FAMILIES[kind](folder, dtype, device)
     config, table = read_config(folder), tensor_table(folder)
     # Before anything is built: a wrong number of layers might take for ever.
     blocks = [x.split(".")[2] for x in table if x.startswith("model.layers.")]
@@ -155,9 +162,10 @@ def save_pretrained(model, folder, tokenizer=None):
     Raises:
         InputError: the disk is full, or `folder` cannot be written.
     """
+    named = getattr(model, "hf_tensors", model.state_dict)()
     tensors = {
         name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in named.items()
     }
     hf = model.config.to_hf()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
