@@ -64,6 +64,7 @@ CHAPTERS = {
         [(44, 135)],
     ),
     "multimodal": ("pictures", "multimodal stream", [(388, 531)]),
+    "moe": ("many MLPs, a few for each token", "mlp moe", [(236, 289)]),
 }
 
 STYLE = """
@@ -198,6 +199,7 @@ def pieces():
         ("norm", arrow((STREAM, 299), (92, 299))),
         ("norm", box(92, 287, 50, 24, "norm")),
         ("mlp", arrow((142, 299), (156, 299))),
+        ("moe", box(162, 279, 84, 28) + box(159, 282, 84, 28)),
         ("mlp", box(156, 285, 84, 28, "MLP")),
         ("mlp", arrow((198, 313), (198, 334), (STREAM + 8, 334))),
         ("mlp", plus(STREAM, 334)),

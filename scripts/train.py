@@ -20,6 +20,7 @@ from typing import get_args
 from llama_tut.config import LlamaConfig, RopeScaling
 from llama_tut.fast.scoring import score_packed
 from llama_tut.fast.training import speed_up
+from llama_tut.moe import balance_experts, build_moe
 from llama_tut.multimodal import (
     build_picture_loader,
     build_pictures,
@@ -29,6 +30,7 @@ from llama_tut.parallel import ParallelLayout, ParallelOptions
 from llama_tut.pretraining import train
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import InputError
+from llama_tut.tools.moe_config import MoeOptions
 from llama_tut.tools.options import (
     PRESETS,
     TrainConfig,
@@ -42,6 +44,7 @@ from llama_tut.tools.picture_config import PictureOptions
 # Dataclasses of options that later chapters add; their values are in
 # TrainConfig's `extra`, and `extra_options` makes an instance of them.
 EXTRA = (ParallelOptions, PictureOptions)
+EXTRA = (MoeOptions, PictureOptions)
 
 
 def rope_scaling(text):
@@ -111,6 +114,14 @@ def picture_parts(config):
     } | ({} if config.plain else {"prepare_model": speed_up_text})
 
 
+def expert_parts(config):
+    """What `train` needs to train experts (chapter 26), else nothing."""
+    if config.extra.get("mlp", "dense") == "dense":
+        extra_options(config, MoeOptions)  # refuses --experts without --mlp
+        return {}
+    return {"build_model": build_moe, "after_step": balance_experts}
+
+
 def main():
     try:
         config = configure(vars(build_parser().parse_args()), EXTRA)
@@ -120,6 +131,10 @@ def main():
         if extra_options(config, ParallelOptions).parallel == "fsdp":
             parts.pop("score_batch", None)  # it calls pieces of the model
         train(config, **parts | picture_parts(config))
+        fast = {"prepare_model": speed_up, "score_batch": score_packed}
+        parts = {} if config.plain else fast
+        parts |= expert_parts(config) | picture_parts(config)
+        train(config, **parts)
     except InputError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # rank 0 says it; torchrun then ends us
