@@ -4,11 +4,11 @@ PY := .venv/bin/python
 JOBS ?= 2
 # Files of tests that `make quick` leaves out: they take more than ten seconds.
 SLOW := training_cli hellaswag gpu_benchmark distributed weights book gpt2 \
-  address mutants pretraining fast_generation exercises read_alike scaling
+  address mutants pretraining fast_generation exercises read_alike scaling moe
 
 .DEFAULT_GOAL := help
 .PHONY: help train test quick book export execute times exercises mutants gpu \
-  address bench ablation scaling results clean
+  address bench ablation scaling moe results clean
 
 help: ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -73,6 +73,9 @@ ablation: data/docs/dataset.json ## chapter 22's runs: GPT-2 to LLaMA, optimizer
 
 scaling: data/docs/dataset.json ## chapter 23's runs: sizes and budgets (an hour; resumable)
 	@$(PY) benchmarks/scaling.py
+
+moe: data/docs/dataset.json ## chapter 26's runs: dense and mixtures of experts (half an hour; resumable)
+	@$(PY) benchmarks/moe.py
 
 results: .venv ## what the committed runs say: ladder, frontier, optimizers, choice
 	@$(PY) benchmarks/results.py

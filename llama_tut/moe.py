@@ -1,3 +1,4 @@
+# From notebooks/26_moe.ipynb by scripts/export.py: edit the notebook.
 """Mixture of experts: many MLPs, of which each token uses a few.
 
 Letters: B batch, T time, N = B*T tokens, D hidden_size, L layers, E experts,
@@ -24,6 +25,8 @@ from llama_tut.tools.ranks import mean_over_ranks
 from llama_tut.tools.safetensors_folder import Stored, tensor_table
 from llama_tut.weights import FAMILIES, check_table
 
+# Choosing, the first way: Mixtral
+
 
 def route_mixtral(logits, k):
     """Softmax over all experts, the k largest, renormalised.
@@ -37,6 +40,9 @@ def route_mixtral(logits, k):
     scores = logits.softmax(-1)  # [N, E]
     weights, chosen = scores.topk(k, -1)  # [N, k], [N, k]
     return scores, chosen, weights / weights.sum(-1, keepdim=True)
+
+
+# Choosing, the second way: DeepSeek-V3
 
 
 def route_deepseek(logits, bias, k, groups=1, open_groups=1, scale=1.0):
@@ -100,6 +106,9 @@ class Router(nn.Module):
         )
 
 
+# The experts: a loop first
+
+
 class Experts(nn.Module):
     """E MLPs of chapter 6 in three stacks; config: `MoEConfig`."""
 
@@ -127,6 +136,9 @@ class Experts(nn.Module):
             y = F.linear(hidden, down) * weights[token, place, None]  # [n, D]
             out = out.index_add(0, token, y.to(x.dtype))
         return out
+
+
+# Then without the loop: sorted rows
 
 
 class SortedExperts(Experts):
@@ -176,6 +188,9 @@ def grouped_product(rows, stack, load):
     return torch.cat([piece @ matrix for piece, matrix in pairs])  # [R, b]
 
 
+# The layer
+
+
 class MoE(nn.Module):
     """Takes the place of a `LlamaMLP`; config: `MoEConfig`."""
 
@@ -212,6 +227,9 @@ class MoE(nn.Module):
         if self.shared_experts is None:
             return out
         return out + self.shared_experts(x)  # [B, T, D]
+
+
+# Why experts must be kept busy
 
 
 def balance_term(scores, chosen):
@@ -256,6 +274,9 @@ def balance_experts(model, line):
         mlp.load.zero_()
 
 
+# A finished LLaMA, swapped from outside
+
+
 def swap_mlps(model, config):
     """Give a finished LLaMA experts in place of its MLPs, from outside."""
     for layer in model.model.layers[config.dense_layers :]:
@@ -297,36 +318,19 @@ class MoEForCausalLM(LlamaForCausalLM):
 
     def extra_activation_bytes(self, dtype):
         """What a token keeps for the backward pass beyond a dense MLP."""
-        c, a = self.config, dtype.itemsize
+        c, a, D = self.config, dtype.itemsize, self.config.hidden_size
         n = c.experts_of_a_token * c.expert_size - c.intermediate_size
-        rows = c.experts_per_token * (3 * a * c.hidden_size + 4 + 24)
+        rows = c.experts_per_token * ((2 * a + 4) * D + 32)  # sorted rows
+        router = 4 * c.experts + (4 - a) * D  # in float32
         layers = c.num_hidden_layers - c.dense_layers
-        return layers * (4 * a * n + rows + 12 * c.experts)
+        return layers * (4 * a * n + rows + router)
 
     def hf_tensors(self):
         """For `save_pretrained`: tensors under their names in HF's files."""
         return unstack_experts(self.state_dict(), self.config.mlp == "mixtral")
 
 
-def active_parameters(model):
-    """Parameters that one token uses: all, less the experts it did not choose."""
-    c, total = model.config, sum(p.numel() for p in model.parameters())
-    idle = 1 - c.experts_per_token / c.experts
-    for mlp in moe_layers(model).values():
-        stacks = mlp.experts.parameters()
-        total -= round(idle * sum(stack.numel() for stack in stacks))
-    return total
-
-
-def build_moe(config, info):
-    """As `build_llama`, with the experts that the run's options ask for."""
-    options, llama = (
-        extra_options(config, MoeOptions),
-        llama_config(config, info),
-    )
-    if options.mlp == "dense":
-        return LlamaForCausalLM(llama)
-    return MoEForCausalLM(MoEConfig(**vars(llama), **vars(options)))
+# Check: real names, real formats
 
 
 def fill(module, tensors, dtype=None, device="cpu"):
@@ -354,7 +358,8 @@ def load_moe(folder, dtype=None, device="cpu"):
     return fill(model, tensors, dtype, device)
 
 
-FAMILIES.update(mixtral=load_moe, glm4_moe=load_moe)
+for kind in ("mixtral", "glm4_moe", "deepseek_v3"):
+    FAMILIES[kind] = MoEConfig, load_moe
 
 
 def read_experts(folder):
@@ -375,6 +380,33 @@ def read_experts(folder):
         require(not missing, f"layer {i} lacks {', '.join(sorted(missing))}")
         fill(layers[i], own)
     return layers
+
+
+# Through the trainer
+
+
+def build_moe(config, info):
+    """As `build_llama`, with the experts that the run's options ask for."""
+    options, llama = (
+        extra_options(config, MoeOptions),
+        llama_config(config, info),
+    )
+    if options.mlp == "dense":
+        return LlamaForCausalLM(llama)
+    return MoEForCausalLM(MoEConfig(**vars(llama), **vars(options)))
+
+
+def active_parameters(model):
+    """Parameters that one token uses: all, less the experts it did not choose."""
+    c, total = model.config, sum(p.numel() for p in model.parameters())
+    idle = 1 - c.experts_per_token / c.experts
+    for mlp in moe_layers(model).values():
+        stacks = mlp.experts.parameters()
+        total -= round(idle * sum(stack.numel() for stack in stacks))
+    return total
+
+
+# Experts on many ranks
 
 
 class Exchange(torch.autograd.Function):

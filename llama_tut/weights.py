@@ -111,13 +111,16 @@ def load_state(model, table, dtype=None, device="cpu"):
     return model
 
 
+# model_type: (class of the config, load(folder, dtype, device)), where a later
+# chapter adds one (26)
+FAMILIES = {}
+
+
 def read_config(folder):
     """The LlamaConfig of a Hugging Face folder. Raises InputError."""
-    return LlamaConfig.from_hf(read_json(Path(folder) / "config.json"))
-
-
-# model_type: load(folder, dtype, device), where a later chapter adds one (26)
-FAMILIES = {}
+    hf = read_json(Path(folder) / "config.json")
+    kind, _ = FAMILIES.get(hf.get("model_type"), (LlamaConfig, None))
+    return kind.from_hf(hf)
 
 
 def load_pretrained(name=None, dtype=None, device="cpu"):
@@ -133,10 +136,10 @@ def load_pretrained(name=None, dtype=None, device="cpu"):
         InputError: there is no such model, or it cannot be built.
     """
     folder = find_pretrained(name)
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind in FAMILIES:
-        return FAMILIES[kind](folder, dtype, device)
     config, table = read_config(folder), tensor_table(folder)
+    for kind, load in FAMILIES.values():
+        if isinstance(config, kind):
+            return load(folder, dtype, device)
     # Before anything is built: a wrong number of layers might take for ever.
     blocks = [x.split(".")[2] for x in table if x.startswith("model.layers.")]
     here, there = config.num_hidden_layers, len(set(blocks))

@@ -6,6 +6,7 @@ import textwrap
 
 import torch
 
+import llama_tut.moe  # noqa: F401  load_pretrained learns of experts
 from llama_tut.fast.generation import pack_weights
 from llama_tut.tools.files import InputError, first_line, require
 from llama_tut.tools.pretrained import find_pretrained

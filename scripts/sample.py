@@ -120,6 +120,10 @@ def main():
     check(args)
     args.model = find_pretrained(args.model)
     model, tokenizer = load(args, packed=not (args.plain or args.fast))
+    require(
+        not (args.fast and hasattr(model.config, "experts")),
+        "--fast is not built for mixtures of experts: leave it out",
+    )
     stops = stop_tokens(args.model, tokenizer)
     ids = encode(tokenizer, args.prompt, args.chat).to(args.device)
     room = model.config.max_position_embeddings - ids.shape[1]

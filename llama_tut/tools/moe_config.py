@@ -91,7 +91,8 @@ def check_moe(c):
     require(c.mlp != "dense", "--mlp dense has no experts")
     for name in "experts experts_per_token expert_groups open_groups".split():
         check_number(flag(name), getattr(c, name), whole=True)
-    check_number("--expert-size", c.expert_size or 1, whole=True)
+    if c.expert_size is not None:
+        check_number("--expert-size", c.expert_size, whole=True)
     for name in ("shared_experts", "dense_layers", "balance"):
         value = getattr(c, name) or 0
         require(value >= 0, f"{flag(name)} {value} is below 0")
