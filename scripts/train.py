@@ -43,8 +43,7 @@ from llama_tut.tools.picture_config import PictureOptions
 
 # Dataclasses of options that later chapters add; their values are in
 # TrainConfig's `extra`, and `extra_options` makes an instance of them.
-EXTRA = (ParallelOptions, PictureOptions)
-EXTRA = (MoeOptions, PictureOptions)
+EXTRA = (ParallelOptions, MoeOptions, PictureOptions)
 
 
 def rope_scaling(text):
@@ -130,9 +129,6 @@ def main():
             parts |= {"prepare_model": speed_up, "score_batch": score_packed}
         if extra_options(config, ParallelOptions).parallel == "fsdp":
             parts.pop("score_batch", None)  # it calls pieces of the model
-        train(config, **parts | picture_parts(config))
-        fast = {"prepare_model": speed_up, "score_batch": score_packed}
-        parts = {} if config.plain else fast
         parts |= expert_parts(config) | picture_parts(config)
         train(config, **parts)
     except InputError:
