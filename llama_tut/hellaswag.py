@@ -201,16 +201,14 @@ def score_items(
     tokens = [len(sum(endings, context)) for context, endings in items]
     order = sorted(range(len(items)), key=lambda i: -tokens[i])
     predictions = [None] * len(items)
-    bar = tqdm(total=len(items), disable=None if progress else True)
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, disable=None if progress else True):
         chosen = order[start : start + batch_size]
         found = score_batch(model, [items[i] for i in chosen], limit)
         for i, sums in zip(chosen, found, strict=True):
             check_finite(torch.tensor(sums))
             lengths = [len(ending) for ending in items[i][1]]
             predictions[i] = predict(examples[i], sums, lengths)
-        bar.update(len(chosen))
-    bar.close()
     return predictions
 
 
