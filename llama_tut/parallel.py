@@ -5,6 +5,7 @@ Letters: B batch, T time, D hidden_size, I intermediate_size, V vocabulary,
 H heads, W ranks, L layers, N parameters.
 """
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,7 +77,7 @@ def refuse_pieces(body, inputs):
     require(
         mesh is None or "dp" not in mesh.mesh_dim_names,
         "this model lies in pieces on many ranks: gather its weights first "
-        "(parallel.gather_weights), and load them into a whole model",
+        "(parallel.whole_model), and generate on rank 0",
     )
 
 
@@ -111,6 +112,20 @@ def gather_weights(model):
     """
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=whole)
+
+
+def whole_model(model, build):
+    """A whole copy of the model on rank 0; on other ranks the pieces.
+
+    Args:
+        build: makes a model with any weights; called on rank 0 only.
+    """
+    weights = gather_weights(model)
+    if dist.get_rank() != 0:
+        return model
+    whole = build()
+    whole.load_state_dict(weights)
+    return whole
 
 
 # What is left: activations
@@ -188,7 +203,8 @@ def vocabulary_loss(hidden, weight, targets, mesh):
     sums = (logits - top).exp().sum(-1, keepdim=True)
     both = ReduceFromRanks.apply(torch.cat((sums, right), -1), group)
     losses = top[:, 0] + both[:, 0].log() - both[:, 1]
-    return losses[targets.flatten() != -100].mean()
+    counts = targets.flatten() != -100
+    return (losses * counts).sum() / counts.sum()
 
 
 def replicate(module, mesh):
@@ -213,38 +229,6 @@ def once(count):
     return PrepareModuleInput(
         input_layouts=layouts, desired_input_layouts=layouts
     )
-
-
-def cut(model, mesh):
-    """Tensor parallelism, in place: each rank has slices of all matrices.
-
-    Call it before `shard`. All ranks of `mesh` must read the same rows.
-
-    Args:
-        model: a LLaMA with dense MLPs; `compute_loss` and `head` are swapped.
-        mesh: one axis of a DeviceMesh.
-
-    Raises:
-        InputError: heads, kv heads or width cannot be divided by the ranks.
-    """
-    check_cut(model, mesh.size())
-    columns, rows = ColwiseParallel(), RowwiseParallel()
-    plan = {"self_attn": once(5), "mlp": once(1)}
-    plan |= {f"self_attn.{name}_proj": columns for name in "qkv"}
-    plan |= {f"mlp.{name}_proj": columns for name in ("gate", "up")}
-    plan |= {"self_attn.o_proj": rows, "mlp.down_proj": rows}
-    for layer in model.model.layers:
-        parallelize_module(layer, mesh, plan)
-        replicate(layer.input_layernorm, mesh)
-        replicate(layer.post_attention_layernorm, mesh)
-    replicate(model.model.norm, mesh)
-    words = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
-    if model.lm_head is not None:
-        words["lm_head"] = columns
-    parallelize_module(model, mesh, words)
-    model.compute_loss = partial(vocabulary_loss, mesh=mesh)
-    model.head = partial(whole_logits, model, mesh)
-    return model
 
 
 def whole_logits(model, mesh, hidden):
@@ -286,8 +270,43 @@ def build_mesh(device_type, world_size, tensor_parallel=1):
         f"--tensor-parallel {tp} does not divide the {W} ranks of this run: "
         f"start a multiple of {tp} ranks, or choose another number",
     )
+    # DTensor warns that it sums a norm along dp and then along tp.
+    quiet = logging.getLogger("torch.distributed.tensor._redistribute")
+    quiet.setLevel(logging.ERROR)
     names = ("dp", "tp")
     return init_device_mesh(device_type, (W // tp, tp), mesh_dim_names=names)
+
+
+def cut(model, mesh):
+    """Tensor parallelism, in place: each rank has slices of all matrices.
+
+    Call it before `shard`. All ranks of `mesh` must read the same rows.
+
+    Args:
+        model: a LLaMA with dense MLPs; `compute_loss` and `head` are swapped.
+        mesh: one axis of a DeviceMesh.
+
+    Raises:
+        InputError: heads, kv heads or width cannot be divided by the ranks.
+    """
+    check_cut(model, mesh.size())
+    columns, rows = ColwiseParallel(), RowwiseParallel()
+    plan = {"self_attn": once(5), "mlp": once(1)}
+    plan |= {f"self_attn.{name}_proj": columns for name in "qkv"}
+    plan |= {f"mlp.{name}_proj": columns for name in ("gate", "up")}
+    plan |= {"self_attn.o_proj": rows, "mlp.down_proj": rows}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+        replicate(layer.input_layernorm, mesh)
+        replicate(layer.post_attention_layernorm, mesh)
+    replicate(model.model.norm, mesh)
+    words = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+    if model.lm_head is not None:
+        words["lm_head"] = columns
+    parallelize_module(model, mesh, words)
+    model.compute_loss = partial(vocabulary_loss, mesh=mesh)
+    model.head = partial(whole_logits, model, mesh)
+    return model
 
 
 # The trainer takes it from outside
@@ -309,6 +328,21 @@ class ParallelOptions:
         check_choices(self)
 
 
+def check_layout(options, optimizer, W):
+    """Raise InputError if W ranks cannot train as the options say."""
+    tp = options.tensor_parallel
+    require(
+        options.parallel == "fsdp" or tp == 1 or W == tp,
+        f"--tensor-parallel {tp} on {W} ranks leaves {W // max(tp, 1)} "
+        "groups: say --parallel fsdp as well, or start fewer ranks",
+    )
+    require(
+        optimizer != "muon",
+        "--optimizer muon wants whole matrices, which --parallel fsdp "
+        "and --tensor-parallel cut: take --optimizer adamw",
+    )
+
+
 class ParallelLayout(Layout):
     """A model that is recomputed, cut and sharded as the options say.
 
@@ -320,36 +354,22 @@ class ParallelLayout(Layout):
         options = extra_options(config, ParallelOptions)
         W, self.tp = ranks.world_size, options.tensor_parallel
         self.recompute, self.mesh = options.recompute, None
+        self.memory = {"recompute": self.recompute}
         if self.tp == 1 and (W == 1 or options.parallel == "ddp"):
-            self.memory = {"recompute": self.recompute}
             return
-        require(
-            options.parallel == "fsdp" or W == self.tp,
-            f"--tensor-parallel {self.tp} on {W} ranks leaves {W // self.tp} "
-            "groups: say --parallel fsdp as well, or start fewer ranks",
-        )
-        require(
-            config.optimizer != "muon",
-            "--optimizer muon wants whole matrices, which --parallel fsdp "
-            "and --tensor-parallel cut: take --optimizer adamw",
-        )
         self.mesh = build_mesh(ranks.device.type, W, self.tp)
+        check_layout(options, config.optimizer, W)
         dp = self.mesh["dp"]
-        self.readers = replace(
-            ranks, rank=dp.get_local_rank(), world_size=dp.size()
-        )
-        self.memory = {
-            "shards": dp.size(),
-            "tensor_parallel": self.tp,
-            "recompute": self.recompute,
-        }
+        here = {"rank": dp.get_local_rank(), "world_size": dp.size()}
+        self.readers = replace(ranks, **here)
+        self.memory |= {"shards": dp.size(), "tensor_parallel": self.tp}
 
     def place(self, model, dtype):
         if self.recompute:
             recompute(model)
         if self.mesh is not None and self.tp > 1:
             cut(model, self.mesh["tp"])
-        if self.readers.world_size > 1 and self.mesh is not None:
+        if self.mesh is not None and self.readers.world_size > 1:
             half = dtype if dtype == torch.bfloat16 else None
             shard(model, self.mesh["dp"], half)
         return model.to(self.ranks.device)
@@ -366,9 +386,4 @@ class ParallelLayout(Layout):
     def whole(self, model, build):
         if self.mesh is None:
             return model
-        weights = gather_weights(model)
-        if self.ranks.rank != 0:
-            return model
-        whole = build()
-        whole.load_state_dict(weights)
-        return whole.to(self.ranks.device)
+        return whole_model(model, build).to(self.ranks.device)

@@ -7,11 +7,13 @@ what it names, and the script is started once for each rank.
 import ast
 import dis
 import inspect
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -37,17 +39,57 @@ def on_ranks(world_size, function):
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "script.py")
         script.write_text(script_of(function))
+        context = multiprocessing.get_context(METHOD)
         ranks = []
         for rank in range(world_size):
-            command = [sys.executable, script, f"{folder}/{rank}"]
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            result = f"{folder}/{rank}"
             ranks.append(
-                subprocess.Popen(command, env={**os.environ, **group, **own})
+                context.Process(
+                    target=run_script, args=(script, result, group | own)
+                )
             )
-        codes = [process.wait() for process in ranks]
+        with no_main_module():
+            for process in ranks:
+                process.start()
+        for process in ranks:
+            process.join()
+        codes = [process.exitcode for process in ranks]
         if any(codes):
             raise RuntimeError(f"the ranks ended with the codes {codes}")
         return [torch.load(f"{folder}/{rank}") for rank in range(world_size)]
+
+
+# A server imports PyTorch once, and forks each rank from itself. A process
+# that has run PyTorch must not be forked: its threads would be missing.
+METHOD = "spawn"
+if "forkserver" in multiprocessing.get_all_start_methods():
+    METHOD = "forkserver"
+    multiprocessing.set_forkserver_preload(
+        [
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor.parallel",
+            "torch.distributed.checkpoint.state_dict",
+        ]
+    )
+
+
+@contextmanager
+def no_main_module():
+    """New processes shall not import the script that starts them."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def run_script(script, result, environment):
+    """Be one rank: run the script with this environment."""
+    os.environ.update(environment)
+    sys.argv = [str(script), result]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def script_of(function):
