@@ -67,17 +67,19 @@ def shard(model, mesh, dtype=None, reshard_after_forward=True):
             reshard_after_forward=reshard_after_forward,
         )
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.model.register_forward_pre_hook(refuse_pieces)
+    model.model.register_forward_pre_hook(refuse_generation, with_kwargs=True)
     return model
 
 
-def refuse_pieces(body, inputs):
-    """Generation calls the body alone, and FSDP2 would not gather for it."""
+def refuse_generation(body, inputs, options):
+    """FSDP2 gathers nothing for the body alone, and a cache has all heads."""
     mesh = getattr(body.embed_tokens.weight, "device_mesh", None)
+    in_pieces = mesh is not None and "dp" in mesh.mesh_dim_names
+    cache = options.get("cache", inputs[3] if len(inputs) > 3 else None)
     require(
-        mesh is None or "dp" not in mesh.mesh_dim_names,
-        "this model lies in pieces on many ranks: gather its weights first "
-        "(parallel.whole_model), and generate on rank 0",
+        not in_pieces and cache is None,
+        "this model lies in pieces on many ranks and generates no text: "
+        "gather it (parallel.whole_model), and generate on rank 0",
     )
 
 
@@ -306,6 +308,7 @@ def cut(model, mesh):
     parallelize_module(model, mesh, words)
     model.compute_loss = partial(vocabulary_loss, mesh=mesh)
     model.head = partial(whole_logits, model, mesh)
+    model.model.register_forward_pre_hook(refuse_generation, with_kwargs=True)
     return model
 
 
