@@ -61,7 +61,7 @@ CHAPTERS = {
     "parallel": (
         "one model on many ranks",
         "model distributed parallel",
-        [(44, 135)],
+        [(24, 531)],
     ),
     "multimodal": ("pictures", "multimodal stream", [(388, 531)]),
     "moe": ("many MLPs, a few for each token", "mlp moe", [(236, 289)]),
@@ -167,8 +167,6 @@ def pieces():
         for k, h in enumerate((5, 9, 30, 14, 4, 7, 3))
     )
     return [
-        ("parallel", box(38, 138, 226, 270, kind="stack")),
-        ("parallel", box(35, 135, 226, 270, kind="stack")),
         ("model", box(32, 132, 226, 270, kind="frame")),
         ("model", text(250, 150, "model", "end bold")),
         ("block", box(52, 182, 200, 172, kind="stack")),
@@ -249,6 +247,7 @@ def pieces():
         ("gpt2", box(156, 490, 130, 28, "GPT-2 or LLaMA?")),
         ("scaling", box(298, 490, 98, 28, "scaling")),
         # what goes beyond
+        ("parallel", box(16, 527, 86, 28, "many ranks")),
         ("multimodal", box(298, 527, 98, 28, "pictures")),
     ]
 

@@ -154,7 +154,7 @@ def every_layout():
     return found
 
 
-@pytest.mark.parametrize("W", [1, 2, 4])
+@pytest.mark.parametrize("W", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_layout_is_one_process(W):
     zero = on_ranks(W, every_layout)[0]
     for name, tp, options, numbers, error, worst in zero:

@@ -1,7 +1,7 @@
 """Run a function of a notebook on several ranks, as torchrun would.
 
 A notebook is one process. Here its function goes into a script, together with
-what it names, and the script is started once for each rank.
+what it names, and each rank runs that script in a process of its own.
 """
 
 import ast
