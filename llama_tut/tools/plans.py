@@ -2,10 +2,42 @@
 
 from dataclasses import dataclass
 
+from llama_tut.config import LlamaConfig
 from llama_tut.tools.devices import PEAKS
 from llama_tut.tools.files import require
 
 MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9, "4090": 24e9}  # bytes
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Speeds from the data sheets, in bytes a second and FLOPs a second."""
+
+    memory: float  # bytes
+    peak: float  # dense products in bfloat16
+    bandwidth: float  # of its memory
+    nvlink: float  # in one direction, to the GPUs of the same node
+    network: float  # in one direction, one card for each GPU
+
+
+GPUS = {
+    "H100": Gpu(MEMORY["H100"], PEAKS["H100"], 3.35e12, 450e9, 50e9),
+    "H200": Gpu(MEMORY["H200"], PEAKS["H200"], 4.8e12, 450e9, 50e9),
+    "A100": Gpu(MEMORY["A100"], PEAKS["A100"], 2.04e12, 300e9, 25e9),
+}
+
+
+def llama3(D, I, L, H, **others):
+    """The config of a LLaMA 3, by the letters."""
+    return LlamaConfig(128_256, D, I, L, H, 8, rope_theta=500_000.0, **others)
+
+
+LLAMA3 = {
+    "llama3-1b": llama3(2048, 8192, 16, 32, tie_word_embeddings=True),
+    "llama3-8b": llama3(4096, 14336, 32, 32),
+    "llama3-70b": llama3(8192, 28672, 80, 64),
+    "llama3-405b": llama3(16384, 53248, 126, 128),
+}
 
 
 def short(x):
