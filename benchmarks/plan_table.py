@@ -103,7 +103,9 @@ def main():
             row["plan"] = without_history(made)
             row["minutes"] = round((time.time() - start) / 60, 2)
             result["table"].append(row)
-            print(model, gpus, f"{made['peak_bytes'] / 1e9:.1f} GB", flush=True)
+            print(
+                model, gpus, f"{made['peak_bytes'] / 1e9:.1f} GB", flush=True
+            )
     write_result("plan", result)
 
 

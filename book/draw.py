@@ -63,6 +63,7 @@ CHAPTERS = {
         "model distributed parallel",
         [(24, 531)],
     ),
+    "plan": ("a step, planned", "plan", [(188, 531)]),
     "multimodal": ("pictures", "multimodal stream", [(388, 531)]),
     "moe": ("many MLPs, a few for each token", "mlp moe", [(236, 289)]),
 }
@@ -248,6 +249,7 @@ def pieces():
         ("scaling", box(298, 490, 98, 28, "scaling")),
         # what goes beyond
         ("parallel", box(16, 527, 86, 28, "many ranks")),
+        ("plan", box(110, 527, 86, 28, "plan")),
         ("multimodal", box(298, 527, 98, 28, "pictures")),
     ]
 

@@ -175,17 +175,19 @@ class Meter(TorchDispatchMode):
         if name is torch.ops._c10d_functional.wait_tensor:
             return args[0]  # the fake one would make a copy
         out = func(*args, **kwargs)
-        if active_fake_mode() is not self.mode:
-            return out  # DTensor has only asked for a shape
+        made = tensors_in(out)
+        mutable = func._schema.is_mutable
+        if active_fake_mode() is not self.mode or not (made or mutable):
+            return out  # DTensor has asked for a shape, or FSDP for a device
         before = len(self.ledger.storages)
         recording = torch.is_grad_enabled()
         purpose = self.purpose if recording else "temporary"
-        self.ledger.add(purpose, *tensors_in(out))
-        for purpose, made in sharding_results(name, args, kwargs).items():
-            self.ledger.label(purpose, *made)
+        self.ledger.add(purpose, *made)
+        for purpose, filled in sharding_results(name, args, kwargs).items():
+            self.ledger.label(purpose, *filled)
         if func in collective_ops:
             self.messages[message_of(func, args)] += 1
-        elif len(self.ledger.storages) > before or func._schema.is_mutable:
+        elif len(self.ledger.storages) > before or mutable:
             count = FLOPS.get(name, lambda *a, **k: 0)
             flops = count(*args, **kwargs, out_val=out)
             self.work[flops, bytes_of(tensors_in(args, kwargs, out))] += 1

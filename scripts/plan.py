@@ -111,7 +111,9 @@ def report(args, config, made, gpu):
     print(f"work: {made['flops']:.3g} FLOPs of a rank and step")
     for name, size in made["wire_bytes"].items():
         print(f"wire: {in_bytes(size)} of a rank and step, {name}")
-    print(f"time: {steps:.3g} s a step by the roofline, limited by {made['limit']}")
+    print(
+        f"time: {steps:.3g} s a step by the roofline, limited by {made['limit']}"
+    )
     for name, part in seconds.most_common():
         if name != "step":
             print(f"    {name:16} {part:8.3g} s")

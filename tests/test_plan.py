@@ -112,12 +112,15 @@ def real_steps():
         ids, state = torch.zeros(4, 128, dtype=torch.long), adamw_state(model)
         model(ids, targets=ids).backward()
         model.zero_grad()
-        with bytes_alive() as history:
-            model(ids, targets=ids).backward()
-        model.zero_grad()
+        peaks = []
+        for _ in range(5):  # gloo's thread may release a message late
+            with bytes_alive() as history:
+                model(ids, targets=ids).backward()
+            peaks.append(max(history))
+            model.zero_grad()
         meter = step(model, ids, state)
         held = meter.ledger.timeline[0].total()
-        found.append([meter.ledger.peak.total(), held + max(history)])
+        found.append([meter.ledger.peak.total(), held + min(peaks)])
     return found
 
 

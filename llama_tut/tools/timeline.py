@@ -16,9 +16,7 @@ COLORS = {
 def thin(timeline, points=400):
     """{purpose: gigabytes at each of at most `points` moments}."""
     size = -(-len(timeline) // points)
-    stretches = [
-        timeline[i : i + size] for i in range(0, len(timeline), size)
-    ]
+    stretches = [timeline[i : i + size] for i in range(0, len(timeline), size)]
     tops = [max(part, key=Counter.total) for part in stretches]
     return {
         name: [round(top[name] / 1e9, 6) for top in tops] for name in COLORS
