@@ -45,12 +45,12 @@ def fake_ranks(world_size):
         dist.destroy_process_group()
 
 
-# The meter, first half: who is alive
-
-
 def local(x):
     """The part of a DTensor that lies on this rank; other tensors as is."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+# The meter, first half: who is alive
 
 
 class Ledger:
