@@ -246,35 +246,13 @@ def balance_term(scores, chosen):
     return E * (f * P).sum()  # []
 
 
+# A finished LLaMA, swapped from outside
+
+
 def moe_layers(model):
     """{number of the layer: its `MoE`}."""
     mlps = {i: layer.mlp for i, layer in enumerate(model.model.layers)}
     return {i: mlp for i, mlp in mlps.items() if isinstance(mlp, MoE)}
-
-
-@torch.no_grad()
-def balance_experts(model, line):
-    """After each step, on all ranks: nudge DeepSeek's biases, report loads.
-
-    The bias of an expert with more than the mean load falls by
-    `config.balance`, the bias of one with less rises by it.
-
-    Args:
-        line: gets load_max/LAYER and load_min/LAYER, in units of the mean.
-    """
-    layers = moe_layers(model)
-    loads = torch.stack([mlp.load for mlp in layers.values()])  # [L, E]
-    loads = mean_over_ranks(loads)  # [L, E]
-    for (i, mlp), load in zip(layers.items(), loads, strict=True):
-        mean = load.mean()
-        line[f"load_max/{i}"] = (load.max() / mean).item()
-        line[f"load_min/{i}"] = (load.min() / mean).item()
-        for bias in mlp.gate.buffers():
-            bias += model.config.balance * torch.sign(mean - load)
-        mlp.load.zero_()
-
-
-# A finished LLaMA, swapped from outside
 
 
 def swap_mlps(model, config):
@@ -316,18 +294,31 @@ class MoEForCausalLM(LlamaForCausalLM):
         dense = flops_per_token(c, sequence_length, training)
         return dense + passes * 2 * layers * more
 
-    def extra_activation_bytes(self, dtype):
-        """What a token keeps for the backward pass beyond a dense MLP."""
-        c, a, D = self.config, dtype.itemsize, self.config.hidden_size
-        n = c.experts_of_a_token * c.expert_size - c.intermediate_size
-        rows = c.experts_per_token * ((2 * a + 4) * D + 32)  # sorted rows
-        router = 4 * c.experts + (4 - a) * D  # in float32
-        layers = c.num_hidden_layers - c.dense_layers
-        return layers * (4 * a * n + rows + router)
-
     def hf_tensors(self):
         """For `save_pretrained`: tensors under their names in HF's files."""
         return unstack_experts(self.state_dict(), self.config.mlp == "mixtral")
+
+
+@torch.no_grad()
+def balance_experts(model, line):
+    """After each step, on all ranks: nudge DeepSeek's biases, report loads.
+
+    The bias of an expert with more than the mean load falls by
+    `config.balance`, the bias of one with less rises by it.
+
+    Args:
+        line: gets load_max/LAYER and load_min/LAYER, in units of the mean.
+    """
+    layers = moe_layers(model)
+    loads = torch.stack([mlp.load for mlp in layers.values()])  # [L, E]
+    loads = mean_over_ranks(loads)  # [L, E]
+    for (i, mlp), load in zip(layers.items(), loads, strict=True):
+        mean = load.mean()
+        line[f"load_max/{i}"] = (load.max() / mean).item()
+        line[f"load_min/{i}"] = (load.min() / mean).item()
+        for bias in mlp.gate.buffers():
+            bias += model.config.balance * torch.sign(mean - load)
+        mlp.load.zero_()
 
 
 # Check: real names, real formats

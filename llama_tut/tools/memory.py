@@ -75,6 +75,8 @@ def plan(
         large = fast and device.type == "cuda" and V > LARGE_VOCABULARY
         tiles = tp == 1 and (blocks or large)
         block = activation_bytes(llama, T, dtype, blocks, tp, shards > 1)
+        if hasattr(llama, "extra_activation_bytes"):  # experts, chapter 26
+            block += llama.extra_activation_bytes(dtype)
         if recompute:  # the input of every layer, and all of one
             stream = a if shards > 1 else 4
             block = stream * D + block / L

@@ -79,6 +79,15 @@ class MoEConfig(MoeOptions, LlamaConfig):
         """Read a transformers config or the dictionary of a config.json."""
         return cls(**read_moe(hf if isinstance(hf, dict) else hf.to_dict()))
 
+    def extra_activation_bytes(self, dtype):
+        """What a token of a layer keeps for the backward pass beyond what a
+        dense MLP of `intermediate_size` keeps; chapter 26 measures it."""
+        a, D, k = dtype.itemsize, self.hidden_size, self.experts_per_token
+        wider = self.experts_of_a_token * self.expert_size
+        rows = k * ((2 * a + 4) * D + 32)  # of sorted rows, and their places
+        router = 4 * self.experts + (4 - a) * D  # in float32
+        return 4 * a * (wider - self.intermediate_size) + rows + router
+
     def to_hf(self):
         """The dictionary of a config.json, of Mixtral or of GLM-4.5."""
         return write_moe(self, super().to_hf())
