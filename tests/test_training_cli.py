@@ -238,6 +238,9 @@ def train_here(monkeypatch, capsys, options):
         ({"hidden_size": 10**6, "head_dim": 64}, "a rank needs"),
         ({"sequence_length": 4096, "tokens_per_step": 8192}, "take more text"),
         ({"choice": 9}, "--choice takes rows of 60 tokens"),
+        ({"parallel": "zero"}, "invalid choice"),
+        ({"tensor_parallel": 0}, "--tensor-parallel must be at least 1"),
+        ({"tensor_parallel": 2}, "--tensor-parallel 2 does not divide the 1"),
         ({"choice": 9, "sequence_length": 64}, "only 0 such items"),
         ({"resume": True, "out": "FILE"}, "File exists"),
         ({"out": "FILE/run"}, "Not a directory"),
@@ -279,6 +282,7 @@ def test_llama3_8b_says_what_is_lacking(data, tmp_path, monkeypatch, capsys):
     )
     assert code == 2 and len(err.splitlines()) == 1
     assert "choose a smaller model" in err
+    assert "--parallel fsdp on more ranks" in err
 
 
 def test_start_into_a_finished_run_needs_resume(

@@ -113,7 +113,10 @@ def check(parts, available, where):
     moving = parts.get("activations", 0) + parts.get("logits", 0)
     advice = "choose a smaller --micro-batch-size"
     if total - moving > available:
-        advice = "choose a smaller model, or a larger device"
+        advice = (
+            "choose a smaller model or a larger device, or cut the model "
+            "with --parallel fsdp on more ranks"
+        )
     require(
         total <= available,
         f"a rank needs {in_bytes(total)} (of which activations "

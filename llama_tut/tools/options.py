@@ -134,11 +134,21 @@ def llama_shape(D, I, L, H, **others):
     }
 
 
-# "124m" and "350m" have the depth and width of GPT-2 small and medium.
+# "124m" and "350m" have the depth and width of GPT-2 small and medium, "1b" and
+# "8b" are the shapes of Llama 3.2 1B and Llama 3 8B.
 SHAPES = {
     "1m": llama_shape(128, 352, 4, 2, tie_word_embeddings=True),
     "124m": llama_shape(768, 2048, 12, 12, tie_word_embeddings=True),
     "350m": llama_shape(1024, 2688, 24, 16, tie_word_embeddings=True),
+    "1b": llama_shape(
+        2048,
+        8192,
+        16,
+        32,
+        num_key_value_heads=8,
+        rope_theta=500_000.0,
+        tie_word_embeddings=True,
+    ),
     "8b": llama_shape(
         4096, 14336, 32, 32, num_key_value_heads=8, rope_theta=500_000.0
     ),
@@ -158,7 +168,16 @@ ROWS = {
     "h100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 512, 250),
     "8xh100": ("124m", 1024, 32, 524_288, 19_073, 6e-4, 250, 512, 1_000),
     "8xh100-350m": ("350m", 1024, 16, 524_288, 19_073, 3e-4, 250, 512, 1_000),
+    "llama3-1b": ("1b", 8192, 2, 524_288, 19_073, 3e-4, 250, 64, 1_000),
     "llama3-8b": ("8b", 8192, 1, 524_288, 19_073, 3e-4, 250, 64, 1_000),
+}
+
+
+# Where the model lies, in chapter 24's options: Llama 3's rows are for eight
+# ranks, which share the model.
+LAYOUTS = {
+    "llama3-1b": {"parallel": "fsdp"},
+    "llama3-8b": {"parallel": "fsdp", "recompute": True},
 }
 
 
@@ -172,6 +191,7 @@ def preset(name):
         "compile": full_size,
         "vocab_multiple": 128 if full_size else 1,
         "model": SHAPES[row.pop("shape")],
+        "extra": LAYOUTS.get(name, {}),
         **row,
     }
 
