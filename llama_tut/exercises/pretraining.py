@@ -3,6 +3,131 @@
 from llama_tut.exercises import exercise, expect, wrong
 
 
+def played(answer, steps=7, eval_every=2, save_every=3, stop_at=None):
+    """What an answer does in a run of `steps`: its events, and its result."""
+    events = []
+
+    def lines():
+        for step in range(1, steps + 1):
+            events.append(f"step {step}")
+            yield {"step": step}
+
+    def measure():
+        events.append("measure")
+        return {"val_loss": 1.0}
+
+    def write(line):
+        value = " with val_loss" if "val_loss" in line else ""
+        events.append(f"write {line['step']}{value}")
+
+    ended = answer(
+        lines(), steps, eval_every, save_every, measure, write,
+        lambda step: events.append(f"save {step}"),
+        lambda: stop_at is not None and f"step {stop_at}" in events,
+    )  # fmt: skip
+    return events, ended
+
+
+@exercise("pretraining.loop")
+def check_loop(answer):
+    """Measure, write, save, stop: in this order."""
+    events, ended = played(answer)
+    written = [event for event in events if event.startswith("write")]
+    expect(len(written) == 7, f"{len(written)} lines written for 7 steps")
+    for step in (2, 4, 6):
+        expect(
+            f"write {step} with val_loss" in written,
+            f"the line of step {step} lacks what was measured: measure "
+            "before you write",
+        )
+    expect("write 7 with val_loss" in written, "the last step is measured too")
+    expect(events.count("measure") == 4, "measured when it was not due")
+    saved = [event for event in events if event.startswith("save")]
+    expect("save 7" in saved, "the last step is saved too")
+    expect(saved == ["save 3", "save 6", "save 7"], f"saved: {saved}")
+    first = events.index("write 3"), events.index("save 3")
+    expect(first[0] < first[1], "a checkpoint claims step 3, whose line is "
+           "not written yet: write before you save")  # fmt: skip
+    expect(ended is True, "return True when the end was reached")
+    events, ended = played(answer, eval_every=0, save_every=0)
+    expect(
+        events[-3:] == ["measure", "write 7 with val_loss", "save 7"],
+        f"with 0, the end is still measured and saved, not {events[-3:]}",
+    )
+    events, ended = played(answer, stop_at=5)
+    expect("save 5" in events, "asked to stop after step 5: save it first")
+    expect("step 6" not in events, "asked to stop after step 5, it goes on")
+    expect(ended is False, "stopped before the end: return False")
+    _, ended = played(answer, stop_at=7)
+    expect(ended is True, "asked to stop at the last step: the end is reached")
+
+
+def variation(due_at_end=True, order="measure write save", stop_saves=True):
+    """A loop of a run with one thing that can be wrong."""
+
+    def loop(lines, steps, eval_every, save_every, measure, write, save, stop):
+        for line in lines:
+            step, stopping = line["step"], stop()
+            last = due_at_end and step == steps
+            measuring = last or (eval_every and step % eval_every == 0)
+            saving = last or (save_every and step % save_every == 0)
+            saving = saving or (stop_saves and stopping)
+            for what in order.split():
+                if what == "measure" and measuring:
+                    line |= measure()
+                if what == "write":
+                    write(line)
+                if what == "save" and saving:
+                    save(step)
+            if stopping and step != steps:
+                return False
+        return True
+
+    return loop
+
+
+wrong("pretraining.loop", "last step is measured")(variation(due_at_end=False))
+wrong("pretraining.loop", "before you write")(
+    variation(order="write measure save")
+)
+wrong("pretraining.loop", "write before you save")(
+    variation(order="measure save write")
+)
+wrong("pretraining.loop", "save it first")(variation(stop_saves=False))
+
+
+@wrong("pretraining.loop", "by zero")
+def divides_by_zero(
+    lines, steps, eval_every, save_every, measure, write, save, stop
+):
+    for line in lines:
+        last = line["step"] == steps
+        if last or line["step"] % eval_every == 0:
+            line |= measure()
+        write(line)
+        if last or stop() or line["step"] % save_every == 0:
+            save(line["step"])
+        if stop() and not last:
+            return False
+    return True
+
+
+@wrong("pretraining.loop", "the end is reached")
+def gives_up_at_the_end(
+    lines, steps, eval_every, save_every, measure, write, save, stop
+):
+    for line in lines:
+        last, stopping = line["step"] == steps, stop()
+        if last or (eval_every and line["step"] % eval_every == 0):
+            line |= measure()
+        write(line)
+        if last or stopping or (save_every and line["step"] % save_every == 0):
+            save(line["step"])
+        if stopping:
+            return False
+    return True
+
+
 @exercise("pretraining.plan")
 def check_plan(answer):
     """Bytes of N parameters, and the largest N that fits."""
