@@ -27,29 +27,22 @@ def train_step(
     sync=None,
     mean=None,
 ):
-    """One optimizer step on k micro batches, averaged.
+    """One optimizer step on k micro batches, averaged over their targets.
 
     Args:
-        batches: a list of tuples, on any device: what the model is called
-            with, then the targets; (ids, targets), each [B, T], for a LLaMA.
-        max_norm: the gradient is clipped to this norm; 0 does not clip.
-        clip: called with parameters and the norm, clips in place and gives
-            the norm before.
+        batches: tuples of tensors: the model's inputs, then the targets.
+        max_norm, clip: how the gradient is clipped; 0 does not clip.
         autocast: called for the context of each forward pass.
-        sync: called with whether the micro batch is the last, gives the
+        sync: called with whether the micro batch is the last, for the
             context in which ranks exchange gradients. None: alone.
         mean: averages a tensor over ranks. None: alone.
 
-    Returns: the mean loss and the norm of the gradient before clipping.
-
-    Raises: FloatingPointError, on all ranks, when one of them is not finite
-        on any rank; nothing has been changed then.
+    Returns: the mean loss, and the gradient's norm before clipping.
+    Raises: FloatingPointError, on all ranks, if one of them is not finite.
     """
-    loss = 0.0
-    device = next(model.parameters()).device
+    loss, device = 0.0, next(model.parameters()).device
     counts = [(targets >= 0).sum() for *_, targets in batches]
-    total = torch.stack(counts).sum().float().to(device)
-    total = mean(total) if mean else total
+    total = mean(sum(counts).float().to(device)) if mean else sum(counts)
     for i, (*inputs, targets) in enumerate(batches, 1):
         inputs = [tensor.to(device) for tensor in inputs]
         with sync(i == len(batches)) if sync else nullcontext():
@@ -63,9 +56,8 @@ def train_step(
     loss, norm = (mean(both) if mean else both).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
-        raise FloatingPointError(
-            f"the loss is {loss} and the gradient's norm {norm}"
-        )
+        problem = f"the loss is {loss} and the gradient's norm {norm}"
+        raise FloatingPointError(problem)
     optimizer.step()
     optimizer.zero_grad()
     return loss, norm
