@@ -99,20 +99,12 @@ def train(
 ):
     """Train a model as `config` says; every rank calls this.
 
-    Args:
-        build_model: called with (config, info); gives a model that returns
-            the mean loss when called with a batch's inputs and `targets`.
-        prepare_model: called with (model, device, dtype) before the first
-            step, to swap fast parts into the model; None leaves it plain.
-        score_batch: how HellaSwag's rows are scored.
-        build_loader: called with (config, info, ranks, split), gives what
-            `build_text_loader` gives; a batch is a tuple of tensors, and the
-            last of them holds the targets.
-        after_step: called with (model, line) on every rank when a step was
-            taken; it may change buffers and add numbers to the line.
-        save_model: called with (model, folder, tokenizer) in the end.
-        build_layout: called with (config, ranks), gives a `Layout`: where the
-            model lies on the ranks.
+    Args: what later chapters bring: build_model(config, info),
+        prepare_model(model, device, dtype) and build_layout(config, ranks)
+        before the first step; build_loader(config, info, ranks, split), whose
+        batches are tuples of tensors, the targets last; score_batch, which
+        scores HellaSwag's rows; after_step(model, line), which may change
+        buffers and add numbers; save_model(model, folder, tokenizer).
     Returns: the last line of metrics.jsonl.
     Raises: InputError for all that the options or the data get wrong.
     """
@@ -131,12 +123,10 @@ def train(
                 config, info, layout, build_model, prepare_model, build_loader
             )
             run.score_batch, run.after_step = score_batch, after_step
-            run.save_model = save_model
             open_what_the_end_needs(run)
             on_rank_zero(ranks, open_recorder, run)
             try:
-                ended = run_steps(run, signals)
-                return finish(run, ended)
+                return finish(run, run_steps(run, signals), save_model)
             finally:
                 if run.recorder is not None:
                     run.recorder.close()
@@ -180,7 +170,8 @@ def prepare_run(
     warm_up_ddp_buckets(parallel, *example, cast=cast)
     run = SimpleNamespace(
         config=config, info=info, ranks=ranks, layout=layout, say=say, step=0,
-        model=model, build=build, parallel=parallel, optimizer=optimizer, autocast=cast,
+        model=model, build=build, parallel=parallel, optimizer=optimizer,
+        autocast=cast,
         loader=loader, validation=validation, recorder=None,
         tokenizer=None, examples=None, choices=None, baselines={},
     )  # fmt: skip
@@ -386,17 +377,19 @@ def save(run):
 # The end of a run
 
 
-def finish(run, ended):
+def finish(run, ended, save_model):
     """All ranks find the whole model, then rank 0 writes what is left."""
     control = None
     if ended and run.choices:
         control, _ = measure_choice(run, exchange_contexts(run.choices))
     if ended:
         run.model = run.layout.whole(run.model, run.build)
-    return on_rank_zero(run.ranks, write_results, run, ended, control)
+    return on_rank_zero(
+        run.ranks, write_results, run, ended, control, save_model
+    )
 
 
-def write_results(run, ended, control):
+def write_results(run, ended, control, save_model):
     """Rank 0's last work; the last line of metrics.jsonl."""
     folder, levels = Path(run.config.out), baseline_losses(run.info)
     run.recorder.flush()
@@ -404,7 +397,7 @@ def write_results(run, ended, control):
     lines = read_metrics(folder / "metrics.jsonl")
     try:
         if ended:
-            run.save_model(run.model, folder / "model", run.tokenizer)
+            save_model(run.model, folder / "model", run.tokenizer)
         if lines:
             draw_curves(folder, levels).savefig(folder / "curves.png", dpi=150)
         if ended:

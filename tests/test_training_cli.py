@@ -17,6 +17,7 @@ from training_setup import (
     ROOT,
     finish,
     flags,
+    kill_at,
     losses,
     metrics,
     start,
@@ -32,28 +33,6 @@ def unbroken(data, tmp_path_factory):
     code, _, err = finish(start({"data": data, "out": out, **OPTIONS}, 1))
     assert (code, err) == (0, "")
     return out
-
-
-def wait_for_step(process, out, step):
-    """Wait until a run has written the line of a step."""
-    path = out / "metrics.jsonl"
-    for _ in range(2000):
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.03)
-    raise AssertionError(f"no step {step} within a minute")
-
-
-def kill_at(process, out, step):
-    """kill -9 torchrun at a step; its workers must follow within seconds."""
-    workers = psutil.Process(process.pid).children(recursive=True)
-    wait_for_step(process, out, step)
-    workers += psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate(timeout=20)
-    _, alive = psutil.wait_procs(set(workers), timeout=20)
-    assert not alive
 
 
 def same_run(one, other):
@@ -239,7 +218,7 @@ def train_here(monkeypatch, capsys, options):
         ({"sequence_length": 4096, "tokens_per_step": 8192}, "take more text"),
         ({"choice": 9}, "--choice takes rows of 60 tokens"),
         ({"parallel": "zero"}, "invalid choice"),
-        ({"tensor_parallel": 0}, "--tensor-parallel must be at least 1"),
+        ({"tensor_parallel": 0}, "--tensor-parallel 0 does not divide the 1"),
         ({"tensor_parallel": 2}, "--tensor-parallel 2 does not divide the 1"),
         ({"choice": 9, "sequence_length": 64}, "only 0 such items"),
         ({"resume": True, "out": "FILE"}, "File exists"),

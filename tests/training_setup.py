@@ -5,7 +5,10 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from llama_tut.tools.prepare import prepare
 
@@ -87,3 +90,25 @@ def finish(process, timeout=120):
     """Wait for a process: (exit code, stdout, stderr)."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+def wait_for_step(process, out, step):
+    """Wait until a run has written the line of a step."""
+    path = out / "metrics.jsonl"
+    for _ in range(2000):
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.03)
+    raise AssertionError(f"no step {step} within a minute")
+
+
+def kill_at(process, out, step):
+    """kill -9 torchrun at a step; its workers must follow within seconds."""
+    workers = psutil.Process(process.pid).children(recursive=True)
+    wait_for_step(process, out, step)
+    workers += psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(set(workers), timeout=20)
+    assert not alive
