@@ -21,6 +21,7 @@ from training_setup import (
     losses,
     metrics,
     start,
+    wait_for_step,
 )
 
 pytestmark = pytest.mark.slow
