@@ -42,12 +42,13 @@ from llama_tut.tools.ranks import mean_over_ranks, start
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "24_parallel.ipynb"
 
 
-def cells_of(*names):
-    """The source of the chapter's cells that define these functions."""
+def cells_of(*starts):
+    """The source of the chapter's cells that hold one of these beginnings."""
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     found = [
-        next(c.source for c in cells if f"def {name}(" in c.source)
-        for name in names
+        c.source
+        for c in cells
+        if any(line.startswith(starts) for line in c.source.splitlines())
     ]
     return "\n\n".join(found)
 
@@ -55,7 +56,10 @@ def cells_of(*names):
 HAND = (
     "import torch, torch.distributed as dist\n"
     "from torch import nn\nfrom functools import partial\n"
-) + cells_of("padded", "run_whole", "shard_by_hand")
+) + cells_of(
+    "def padded(", "def gather(", "class Gather(", "def run_whole(",
+    "def shard_by_hand(",
+)  # fmt: skip
 
 
 def small(layers=2, **options):
