@@ -29,7 +29,7 @@ from llama_tut.multimodal import (
 from llama_tut.parallel import ParallelLayout, ParallelOptions
 from llama_tut.pretraining import train
 from llama_tut.tools.cli import Parser, run
-from llama_tut.tools.files import InputError
+from llama_tut.tools.files import InputError, require
 from llama_tut.tools.moe_config import MoeOptions
 from llama_tut.tools.options import (
     PRESETS,
@@ -127,8 +127,14 @@ def main():
         parts = {"build_layout": ParallelLayout}
         if not config.plain:
             parts |= {"prepare_model": speed_up, "score_batch": score_packed}
-        if extra_options(config, ParallelOptions).parallel == "fsdp":
+        layout = extra_options(config, ParallelOptions)
+        if layout.parallel == "fsdp":
             parts.pop("score_batch", None)  # it calls pieces of the model
+        require(
+            not config.extra.get("text_model") or layout == ParallelOptions(),
+            "a model of pictures is not cut: leave out --parallel fsdp, "
+            "--tensor-parallel and --recompute",
+        )
         parts |= expert_parts(config) | picture_parts(config)
         train(config, **parts)
     except InputError:

@@ -3,6 +3,7 @@
 #
 #   scripts/train_ddp.sh --data data/docs --out runs/first
 #   NPROC=4 scripts/train_ddp.sh ...
+#   NPROC=4 scripts/train_ddp.sh ... --parallel fsdp --tensor-parallel 2 --recompute
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 scripts/train_ddp.sh ...  (on node0)
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 scripts/train_ddp.sh ...  (on node1)
 #

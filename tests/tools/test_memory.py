@@ -10,6 +10,7 @@ from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
 from llama_tut.pretraining import build_llama
 from llama_tut.tools import memory
+from llama_tut.tools.files import InputError
 from llama_tut.tools.options import (
     configure,
 )
@@ -66,3 +67,20 @@ def test_muon_needs_less_memory_than_planned():
         )
         plan = memory.plan(config, model, torch.device("cpu"), torch.float32)
         assert held <= plan["optimizer"]
+
+
+@pytest.mark.parametrize("name", ["llama3-1b", "llama3-8b"])
+def test_llama_3_fits_eight_h100(name):
+    """As its preset lays it out; the 8B model does not fit on one."""
+    config = configure({"preset": name})
+    data = SimpleNamespace(vocab_size=128_256, end_of_text=0)
+    with torch.device("meta"):
+        model = build_llama(config, data)
+    recompute = config.extra.get("recompute", False)
+    layout = {"shards": 8, "recompute": recompute}
+    where = config, model, torch.device("cuda"), torch.bfloat16
+    assert config.extra["parallel"] == "fsdp"
+    memory.check(memory.plan(*where, **layout), 80e9, "an H100")
+    if name == "llama3-8b":
+        with pytest.raises(InputError, match="--parallel fsdp on more ranks"):
+            memory.check(memory.plan(*where), 80e9, "an H100")
