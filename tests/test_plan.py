@@ -119,7 +119,8 @@ def real_steps():
             peaks.append(max(history))
             model.zero_grad()
         meter = step(model, ids, state)
-        held = meter.ledger.timeline[0].total()
+        first = meter.ledger.timeline[0]
+        held = sum(first[k] for k in ("parameters", "optimizer", "inputs"))
         found.append([meter.ledger.peak.total(), held + min(peaks)])
     return found
 
@@ -136,8 +137,8 @@ def test_equals_two_real_ranks_and_the_allocator():
             assert planned == metered
             if tp == 1:
                 assert planned == real
-            else:  # the meter's own frames hold results of messages
-                assert real <= planned < 1.03 * real
+            else:  # the meter sees more than the allocator
+                assert real <= planned < 1.06 * real
 
 
 @pytest.mark.parametrize(
