@@ -126,7 +126,7 @@ class Experts(nn.Module):
             nn.init.normal_(stack, std=s, generator=generator)
 
     def forward(self, x, chosen, weights):
-        """x [N, D], chosen and weights [N, k] -> [N, D]: a loop over experts."""
+        """x [N, D], chosen and weights [N, k] -> [N, D], in a loop."""
         out = torch.zeros_like(x)  # [N, D]
         stacks = (stack.unbind() for stack in self.parameters())
         for e, (gate, up, down) in enumerate(zip(*stacks, strict=True)):
@@ -388,7 +388,7 @@ def build_moe(config, info):
 
 
 def active_parameters(model):
-    """Parameters that one token uses: all, less the experts it did not choose."""
+    """Parameters that one token uses: all but the experts left out."""
     c, total = model.config, sum(p.numel() for p in model.parameters())
     idle = 1 - c.experts_per_token / c.experts
     for mlp in moe_layers(model).values():
@@ -405,7 +405,7 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, sent, received, group):
-        """rows [sum(sent), D] -> [sum(received), D]; one count for each rank."""
+        """rows [sum(sent), D] -> [sum(received), D]; a count a rank."""
         ctx.counts = sent, received, group
         out = rows.new_empty(sum(received), rows.shape[1])
         dist.all_to_all_single(out, rows.contiguous(), received, sent, group)
