@@ -133,6 +133,11 @@ class PictureLlama(nn.Module):
         x = self.embed(input_ids, self.encoder(pictures))  # [B, T, D]
         return self.text(inputs_embeds=x, targets=targets, **inputs)
 
+    # What `generate` and the trainer ask of a text model.
+    model = property(lambda self: self.text.model)
+    head = property(lambda self: self.text.head)
+    output_weight = property(lambda self: self.text.output_weight)
+
     def flops_per_token(self, sequence_length, training=True):
         """FLOPs of a row with its picture, for each of its T tokens."""
         eye = picture_flops(self.config) * (3 if training else 1)

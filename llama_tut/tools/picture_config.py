@@ -81,10 +81,11 @@ class PictureConfig:
         """The id that marks a place: V, one past the last of the text's."""
         return self.text.vocab_size
 
-    @property
-    def tie_word_embeddings(self):
-        """As the text model does."""
-        return self.text.tie_word_embeddings
+    def __getattr__(self, name):
+        """What it does not know, it asks the text model's config."""
+        if name.startswith("__") or name == "text":
+            raise AttributeError(name)
+        return getattr(self.text, name)
 
     def to_hf(self):
         """The dictionary of a config.json; its dtype is left to the writer."""

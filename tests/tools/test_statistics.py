@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from llama_tut.tools.statistics import (
     paired_interval,
+    share_interval,
     t_interval,
     unpaired_interval,
 )
@@ -48,3 +50,10 @@ def test_pairing_by_noise_alone_widens_the_interval():
     paired = np.mean([paired_interval(*d)[1] for d in draws])
     unpaired = np.mean([unpaired_interval(*d)[1] for d in draws])
     assert paired > 1.2 * unpaired
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 20), (7, 20), (191, 191)])
+def test_share_interval_is_wilsons(right, count):
+    found = share_interval(right / count, count)
+    wanted = stats.binomtest(right, count).proportion_ci(method="wilson")
+    assert found == pytest.approx((wanted.low, wanted.high), abs=1e-12)
