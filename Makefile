@@ -4,11 +4,11 @@ PY := .venv/bin/python
 JOBS ?= 2
 # Files of tests that `make quick` leaves out: they take more than ten seconds.
 SLOW := training_cli hellaswag gpu_benchmark distributed weights book gpt2 \
-  address mutants pretraining fast_generation exercises read_alike scaling moe
+  address mutants pretraining fast_generation exercises read_alike scaling moe multimodal
 
 .DEFAULT_GOAL := help
 .PHONY: help train test quick book export execute times exercises mutants gpu \
-  address bench ablation scaling moe results clean
+  address bench ablation scaling moe pictures results clean
 
 help: ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -76,6 +76,9 @@ scaling: data/docs/dataset.json ## chapter 23's runs: sizes and budgets (an hour
 
 moe: data/docs/dataset.json ## chapter 26's runs: dense and mixtures of experts (half an hour; resumable)
 	@$(PY) benchmarks/moe.py
+
+pictures: .venv ## chapter 27's runs: digits and words read by a text model (ten minutes; resumable)
+	@$(PY) benchmarks/pictures.py
 
 results: .venv ## what the committed runs say: ladder, frontier, optimizers, choice
 	@$(PY) benchmarks/results.py

@@ -119,7 +119,7 @@ class PictureLlama(nn.Module):
         wrong = found[found != wanted].tolist()
         require(
             not wrong,
-            f"a row has {wrong[:1]} placeholders and its picture "
+            f"a row has {(wrong or [0])[0]} placeholders and its picture "
             f"{wanted} vectors: nothing may cut a row with a picture in it",
         )
         words = self.text.model.embed_tokens(input_ids.masked_fill(here, 0))
@@ -133,7 +133,6 @@ class PictureLlama(nn.Module):
         x = self.embed(input_ids, self.encoder(pictures))  # [B, T, D]
         return self.text(inputs_embeds=x, targets=targets, **inputs)
 
-    # What `generate` and the trainer ask of a text model.
     model = property(lambda self: self.text.model)
     head = property(lambda self: self.text.head)
     output_weight = property(lambda self: self.text.output_weight)
@@ -141,8 +140,8 @@ class PictureLlama(nn.Module):
     def flops_per_token(self, sequence_length, training=True):
         """FLOPs of a row with its picture, for each of its T tokens."""
         eye = picture_flops(self.config) * (3 if training else 1)
-        own = self.text.flops_per_token(sequence_length, training)
-        return own + eye / sequence_length
+        T = sequence_length
+        return self.text.flops_per_token(T, training) + eye / T
 
 
 # Rows with a picture in them

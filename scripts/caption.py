@@ -6,7 +6,7 @@ python scripts/caption.py --model runs/digits/model --image PICTURE.png
 from pathlib import Path
 
 import torch
-from models import DTYPES, check_device, load_tokenizer
+from models import DTYPES, check_device
 
 from llama_tut.multimodal import load_pictures, read
 from llama_tut.tools.cli import Parser, run
@@ -14,6 +14,7 @@ from llama_tut.tools.files import require
 from llama_tut.tools.picture_config import read_picture_config
 from llama_tut.tools.pictures import read_picture
 from llama_tut.tools.pretrained import refuse_run
+from llama_tut.tools.tokenizers import read_tokenizer, separator_id
 
 
 def build_parser():
@@ -44,16 +45,16 @@ def main():
     config = read_picture_config(folder)
     height, width = config.height, config.width
     pictures = [read_picture(file, height, width) for file in args.image]
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     dtype = DTYPES[args.dtype]
     model = load_pictures(folder).to(device=args.device, dtype=dtype)
     shown = torch.stack(pictures).to(
         args.device, model.text.output_weight.dtype
     )
-    end = tokenizer.eos_token_id
+    end = separator_id(folder, tokenizer)
     answers = read(model, shown, end, args.max_new_tokens)
     for file, ids in zip(args.image, answers, strict=True):
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids)
         one = len(args.image) == 1
         print(text.strip() if one else f"{file}: {text.strip()}")
 

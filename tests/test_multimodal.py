@@ -378,6 +378,7 @@ def test_caption_answers_and_refuses(
     refused(call("--model", tmp_path / "model", "--image", good), "lacks")
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(folders, tmp_path, capsys):
     """The same losses, and the same weights on both ranks and in the folder."""
     alone = run(options(folders, tmp_path / "one"))
@@ -404,6 +405,9 @@ def two_ranks():
     return 0
 
 
+@pytest.mark.skipif(
+    not (RESULTS / "pictures.json").exists(), reason="make pictures"
+)
 def test_the_result_file_says_what_the_chapter_says():
     found = json.loads((RESULTS / "pictures.json").read_text())
     kinds = {}

@@ -140,9 +140,12 @@ def describe(config, info, model, world_size, device, dtype, **layout):
     N = sum(p.numel() for p in model.parameters())
     tokens = config.steps * config.tokens_per_step
     flops = tokens * model.flops_per_token(config.sequence_length)
+    epochs = tokens / info.train_tokens
+    if getattr(info, "train_shards", 1) == 0:  # pictures: a row is one
+        epochs = tokens / config.sequence_length / info.train_documents
     run = (
         f"{N:,} parameters, {config.steps:,} steps, {tokens:,} tokens: "
-        f"{tokens / info.train_tokens:.2f} epochs of {config.data}, "
+        f"{epochs:.2f} epochs of {config.data}, "
         f"{flops:.3g} FLOPs"
     )
     step = (

@@ -20,7 +20,7 @@ class PictureOptions:
     patch_size: int = option(4, "P, side of a patch in pixels")
     pixel_shuffle: int = option(1, "R, join R x R patches into one place")
     encoder_size: int = option(64, "E, width of the encoder")
-    encoder_layers: int = option(1, "blocks of the encoder")
+    encoder_layers: int = option(2, "blocks of the encoder")
     encoder_heads: int = option(2, "heads of its attention")
 
     def __post_init__(self):
