@@ -17,9 +17,9 @@ lists the five models. Same text in the same order for one seed, same schedule.
    Processor seconds are measured, since they depend less on what else runs.
 4. a longer pair: "dense" and "Mixtral" for LONG steps, one seed.
 
-All in float32: bfloat16 makes the dense row faster and the experts slower on a
-CPU (chapter 26 says why). A finished run is not made again; a stopped one starts again. Writes
-benchmarks/results/moe.json after every run, and moe_speed.json.
+All in float32: in bfloat16 a CPU was faster for the dense row and slower for
+the experts. A finished run is not made again; a stopped one starts again.
+Writes benchmarks/results/moe.json after every run, and moe_speed.json.
 """
 
 import multiprocessing
