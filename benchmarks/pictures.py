@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py [--work runs/pictures]
 
-A text model of two thirds of a million parameters is trained on Python's
+A text model of half a million parameters is trained on Python's
 reference, as in chapter 27, one for each seed. Then an encoder is added and
 trained on pairs of handwritten digits, three times: with the text model
 learning too, with the text model frozen, and with random weights in its place.
