@@ -13,7 +13,7 @@ from llama_tut.plan import Setup, make_plan
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import read_json, require, write_json
 from llama_tut.tools.memory import in_bytes
-from llama_tut.tools.plans import GPUS, LLAMA3
+from llama_tut.tools.plans import GPUS, LLAMA3, short
 from llama_tut.tools.timeline import draw_timeline
 
 
@@ -126,7 +126,7 @@ def report(args, config, made, gpu):
         f"{args.efficiency:g} of it, {expected / args.gpus:,.0f} a GPU"
     )
     print(
-        f"run: {args.tokens:.3g} tokens in {days:,.3g} days, "
+        f"run: {args.tokens:.3g} tokens in {short(days)} days, "
         f"${days * 24 * args.gpus * args.price:,.0f} at ${args.price:g} a GPU "
         "and hour"
     )
