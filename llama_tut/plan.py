@@ -50,7 +50,7 @@ def local(x):
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-# The meter, first half: who is alive
+# The meter, first half: what is alive
 
 
 class Ledger:

@@ -105,6 +105,7 @@ def train(
         batches are tuples of tensors, the targets last; score_batch, which
         scores HellaSwag's rows; after_step(model, line), which may change
         buffers and add numbers; save_model(model, folder, tokenizer).
+
     Returns: the last line of metrics.jsonl.
     Raises: InputError for all that the options or the data get wrong.
     """

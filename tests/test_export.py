@@ -68,6 +68,8 @@ def imported(path):
         sources = []
         if isinstance(node, ast.ImportFrom):
             sources = [node.module or ""]
+            if sources == ["llama_tut.fast"]:  # its modules, by name
+                sources = [f"llama_tut.fast.{a.name}" for a in node.names]
         elif isinstance(node, ast.Import):
             sources = [alias.name for alias in node.names]
         for source in sources:
