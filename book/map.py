@@ -21,6 +21,7 @@ STYLE = """
 .map .start { stroke: #d55e00; } .map .build { stroke: #3391d6; }
 .map .prove { stroke: #009e73; } .map .pretrain { stroke: #cc79a7; }
 .map .measure { stroke: #e69f00; } .map .fast { stroke: #7570b3; }
+.map .beyond { stroke: #8c564b; }
 .map path { fill: none; stroke: rgb(128, 128, 128); stroke-width: 1.5;
   marker-end: url(#tip); }
 .map a { text-decoration: none; }
@@ -48,6 +49,10 @@ CHAPTERS = [
     (210, 624, 180, "fast", "21_fast_generation", "21 Fast generation"),
     (10, 672, 180, "measure", "22_gpt2", "22 GPT-2 to LLaMA"),
     (210, 672, 180, "measure", "23_scaling", "23 Scaling"),
+    (10, 720, 180, "beyond", "24_parallel", "24 Parallel"),
+    (210, 720, 180, "beyond", "25_plan", "25 Planning"),
+    (10, 760, 180, "beyond", "26_moe", "26 Experts"),
+    (210, 760, 180, "beyond", "27_multimodal", "27 Pictures"),
 ]
 # The same with a height: boxes around others, their words on top.
 AROUND = [
@@ -78,12 +83,13 @@ ARROWS = [
 ]
 WORDS = [(120, 360, "loss"), (258, 360, "parameters")]
 PARTS = [
-    (10, 716, "start", "I The whole thing, small"),
-    (210, 716, "build", "II Build"),
-    (300, 716, "prove", "III Prove"),
-    (10, 738, "pretrain", "IV Pretrain"),
-    (210, 738, "fast", "V Make it fast"),
-    (10, 760, "measure", "VI Measure"),
+    (10, 804, "start", "I The whole thing, small"),
+    (210, 804, "build", "II Build"),
+    (300, 804, "prove", "III Prove"),
+    (10, 826, "pretrain", "IV Pretrain"),
+    (210, 826, "fast", "V Make it fast"),
+    (10, 848, "measure", "VI Measure"),
+    (210, 848, "beyond", "VII Beyond"),
 ]
 
 
@@ -132,7 +138,9 @@ DESCRIPTION = (
     "back parameters, with optimizer (14), ranks (16) and checkpoints (17), "
     "made fast in chapter 19. The trained model is scored on HellaSwag (10) "
     "and generates (11), and both are made fast (20, 21). Many trained models "
-    "are compared: from GPT-2 to LLaMA (22), and by size (23)."
+    "are compared: from GPT-2 to LLaMA (22), and by size (23). Beyond them, "
+    "a model is spread over many devices (24), planned before it is run (25), "
+    "given experts (26), and taught to see (27)."
 )
 TIP = (
     '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" '
@@ -146,7 +154,7 @@ def svg():
     """The file's text."""
     head = (
         '<svg class="map" xmlns="http://www.w3.org/2000/svg" '
-        'viewBox="0 0 400 780" role="group" aria-label="Map of the book">'
+        'viewBox="0 0 400 868" role="group" aria-label="Map of the book">'
     )
     parts = [head, f"<desc>{DESCRIPTION}</desc>", f"<style>{STYLE}</style>"]
     return "\n".join([*parts, TIP, drawing(), "</svg>"]) + "\n"
