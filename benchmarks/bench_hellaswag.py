@@ -10,7 +10,7 @@ FILE is jsonl of the published validation set, with `ctx` or `ctx_a`, `ctx_b`.
 
 speed  Beside lm-evaluation-harness's way, in turn in one process: as in
        `HFLM._loglikelihood_tokens` of version 0.4.13, transformers' model in
-       float32, one row for each ending, sorted by length, sixteen rows a
+       float32, one row for each ending, sorted by length, sixteen rows per
        batch, log-softmax of all logits. Ours: plain and packed rows, float32
        and bfloat16, matrices as they lie and in oneDNN's order. In every group
        of examples each contender scores the same ones; the ratio is that of

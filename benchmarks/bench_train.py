@@ -1,11 +1,11 @@
-"""Training speed: one switch a row, and beside transformers' LlamaForCausalLM.
+"""Training speed: one switch per row, and beside transformers' LlamaForCausalLM.
 
     python benchmarks/bench_train.py [--rounds 9] [--threads 1] [--ladder]
 
 One shape (V 4096, D 256, 6 layers, 8 heads, 4 kv heads, MLP 768), T 256, B 16,
 AdamW (fused) and clipping. In every round each contender takes one step in the
 same process; a ratio is that of the medians. The ladder goes from plain eager
-float32 to everything that chapter 19 has, one switch a row. Then ours, as
+float32 to everything that chapter 19 has, one switch per row. Then ours, as
 `speed_up` leaves it, beside transformers in float32 and bfloat16 autocast,
 eager and compiled; transformers runs as it comes, with PyTorch's attention
 kernel, and its plain "eager" attention, which compiles better in bfloat16 on

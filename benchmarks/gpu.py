@@ -174,10 +174,10 @@ def swap(model, attention=False, loss=False):
 
 
 def training_speed(part, shape, V, T, B, compiled=False, wrap=None, **swaps):
-    """Tokens a second, MFU and memory of whole steps in bfloat16.
+    """Tokens per second, MFU and memory of whole steps in bfloat16.
 
     Args:
-        shape: of the model; V: vocabulary; T: tokens a row; B: rows a step.
+        shape: of the model; V: vocabulary; T: tokens per row; B: rows per step.
         compiled: whether torch.compile makes the step.
         wrap: called with the model, such as DDP.
         swaps: arguments of `swap`.
@@ -458,7 +458,7 @@ def pretrained(part):
 
 
 def generation_speed(part, model, B, new):
-    """Tokens a second of greedy generation with a cache."""
+    """Tokens per second of greedy generation with a cache."""
     from llama_tut.generate import generate
 
     ids = torch.randint(model.config.vocab_size, (B, 32), device=part.device)
@@ -472,7 +472,7 @@ def generation_speed(part, model, B, new):
 
 
 def scoring_speed(part, model, score, count):
-    """Examples a second: contexts of 80 tokens, endings of 25."""
+    """Examples per second: contexts of 80 tokens, endings of 25."""
     generator = torch.Generator().manual_seed(0)
     V = model.config.vocab_size
 
@@ -498,7 +498,7 @@ def hellaswag_accuracy(part, model):
 
 
 def generation(part):
-    """Tokens a second by batch; HellaSwag by rows and packed."""
+    """Tokens per second by batch; HellaSwag by rows and packed."""
     from llama_tut.fast.scoring import score_packed
     from llama_tut.hellaswag import score_rows
 

@@ -61,9 +61,9 @@ def curves(lines):
 
 
 def sizes(model, T):
-    """Parameters and FLOPs a token of any model of this book, counted.
+    """Parameters and FLOPs per token of any model of this book, counted.
 
-    A matrix that multiplies takes 2 FLOPs a weight, scores and averages of
+    A matrix that multiplies takes 2 FLOPs per weight, scores and averages of
     attention 4LTHC; the backward pass takes twice as much.
     """
     counts = {n: p.numel() for n, p in model.named_parameters()}

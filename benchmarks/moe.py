@@ -209,7 +209,7 @@ def speed(data, rounds=7, steps=4):
     middle = {row: sorted(ts)[rounds // 2] for row, ts in times.items()}
     write_result("moe_speed", {"seconds": middle, "all": times})
     for row, seconds in middle.items():
-        print(f"{row:18} {1e3 * seconds:6.1f} ms a step")
+        print(f"{row:18} {1e3 * seconds:6.1f} ms per step")
 
 
 def main():

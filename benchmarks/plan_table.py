@@ -25,7 +25,7 @@ KEPT = {
     torch.ops.c10d._reduce_scatter_base_.default,
 }
 
-# torchtitan's benchmarks of December 2024, tables 1 and 3: tokens a second of
+# torchtitan's benchmarks of December 2024, tables 1 and 3: tokens per second of
 # a GPU without and with torch.compile, GiB without
 PUBLISHED = {
     8: {"tokens_per_second": 5762, "compiled": 6667, "gib": 82.4},

@@ -79,7 +79,7 @@ def print_ladder():
     """Rung, parameters, FLOPs, seeds, difference, interval."""
     found = read("ablation")
     losses, firsts = by_row(found), first_runs(found)
-    print(f"The ladder, {firsts[found['rows'][0]]['tokens']:,} tokens a run")
+    print(f"The ladder, {firsts[found['rows'][0]]['tokens']:,} tokens per run")
     print(origin(found))
     print(
         f"{'row':20}{'parameters':>11}{'MFLOPs/token':>13}{'rate':>8}"

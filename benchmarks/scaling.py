@@ -52,7 +52,7 @@ SLICES = (
 SEEDS = (2, 1, 1)  # runs of each point, by slice; of D 32 one
 LARGEST = 4  # doublings from the smallest slice to the largest run
 LIVE_STEPS = 200  # of the member that the notebook runs itself
-# FLOPs a second of one core, for the estimate alone (an EPYC with
+# FLOPs per second of one core, for the estimate alone (an EPYC with
 # avx512_bf16, bfloat16): small matrices do not keep it busy.
 RATES = {
     32: 2.1e10, 48: 2.8e10, 64: 3.8e10, 96: 6.0e10,

@@ -100,7 +100,7 @@ def parameter_count(config, embeddings=True):
 
 
 def flops_per_token(config, sequence_length, training=True):
-    """FLOPs a token, 2N + 4LTHC (N: matrices and head); times 3 to train."""
+    """FLOPs per token, 2N + 4LTHC (N: matrices and head); times 3 to train."""
     c, D, L = config, config.hidden_size, config.num_hidden_layers
     N = parameter_count(c, False) - (2 * L + 1) * D + c.vocab_size * D
     reads = 4 * L * sequence_length * c.num_attention_heads * c.head_dim

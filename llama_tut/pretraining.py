@@ -185,7 +185,7 @@ def prepare_run(
 
 
 def speed(run, seconds):
-    """Tokens so far, tokens a second, and MFU where the peak is known."""
+    """Tokens so far, tokens per second, and MFU where the peak is known."""
     config = run.config
     tokens_per_second = config.tokens_per_step / seconds
     line = {
@@ -261,7 +261,7 @@ def measure(run):
     )
     bits = run.info.bits_per_byte(nats)
     line = {"val_loss": nats, "bits_per_byte": bits}
-    text = f"validation {nats:.4f} nats a token, {bits:.4f} bits a byte"
+    text = f"validation {nats:.4f} nats per token, {bits:.4f} bits per byte"
     if run.examples:
         line["hellaswag"], error = measure_hellaswag(run, run.examples)
         text += f", HellaSwag {line['hellaswag']:.1%} ± {error:.1%}"

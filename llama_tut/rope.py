@@ -11,7 +11,7 @@ from torch import nn
 
 
 def inverse_frequencies(config, device=None):
-    """Radians a token by which each pair turns -> [C/2], float32.
+    """Radians per token by which each pair turns -> [C/2], float32.
 
     Source: Su et al., 2021 (arXiv 2104.09864), section 3.2.
     """

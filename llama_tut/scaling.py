@@ -35,7 +35,7 @@ class Law:
     beta: float
 
     def loss(self, N, d):
-        """Nats a token of a model of N parameters after d tokens."""
+        """Nats per token of a model of N parameters after d tokens."""
         return self.floor + self.a * N**-self.alpha + self.b * d**-self.beta
 
     @property
@@ -219,7 +219,7 @@ def plan_run(
     """A Plan from FLOPs, from FLOPs and a size, or from size and tokens.
 
     device is a row of PEAKS, mfu a share of its peak, price that of a device
-    and hour; each: FLOPs a token, default 6 * size. Raises: InputError.
+    and hour; each: FLOPs per token, default 6 * size. Raises: InputError.
     """
     check_plan(device, mfu, flops, size, tokens, devices, price, each)
     if size is None:

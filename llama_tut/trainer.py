@@ -75,7 +75,7 @@ def training_steps(
         next_batch: called for each micro batch, gives a tuple as above.
         learning_rate: the learning rate as a function of the step, from 0.
         steps, first: the loop takes the steps from `first` to `steps` - 1.
-        k: micro batches a step.
+        k: micro batches per step.
         options: those of `train_step`.
 
     Raises: InputError when a loss or a gradient is not finite.
@@ -116,7 +116,7 @@ def evaluate(
     autocast=nullcontext,
     mean=None,
 ):
-    """Mean loss in nats a token over the first `rows` rows of `loader`.
+    """Mean loss in nats per token over the first `rows` rows of `loader`.
 
     All ranks make equally many passes, each on its own rows.
 
@@ -147,7 +147,7 @@ def evaluate(
 
 
 def baseline_losses(info):
-    """Losses in nats a token that need no model of the text: {name: nats}."""
+    """Nats per token that need no model of the text: {name: nats}."""
     return {
         "uniform": math.log(info.vocab_size),
         "unigram": info.unigram_nats,

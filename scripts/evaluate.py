@@ -41,7 +41,7 @@ def build_parser():
         "None: the 48 examples of the package",
     )
     add("--limit", type=int, help="only the first so many examples")
-    add("--batch-size", type=int, help="examples a pass (None: by device)")
+    add("--batch-size", type=int, help="examples per pass (None: by device)")
     add("--predictions", metavar="OUT", type=Path, help="write them as jsonl")
     add("--compare", metavar="FILE", type=Path, help="McNemar's test with it")
     add(

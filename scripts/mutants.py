@@ -95,7 +95,7 @@ MUTANTS = [
         "test_a_separator_stands_in_front_of_each_document",
     ),
     Mutant(
-        "bits a byte from training text",
+        "bits per byte from training text",
         "tools/prepare.py",
         'known["val_bytes"] / known["val_tokens"]',
         'known["train_bytes"] / known["train_tokens"]',

@@ -34,7 +34,7 @@ def build_parser():
     add("--recompute", action="store_true", help="keep no activations")
     add("--plain", action="store_true", help="without chapter 19's parts")
     add("--tokens", type=float, default=15e12, help="tokens of the run")
-    add("--price", type=float, default=2.0, help="dollars a GPU and hour")
+    add("--price", type=float, default=2.0, help="dollars per GPU and hour")
     add(
         "--efficiency",
         type=float,
@@ -112,7 +112,7 @@ def report(args, config, made, gpu):
     for name, size in made["wire_bytes"].items():
         print(f"wire: {in_bytes(size)} of a rank and step, {name}")
     print(
-        f"time: {steps:.3g} s a step by the roofline, limited by {made['limit']}"
+        f"time: {steps:.3g} s per step by the roofline, limited by {made['limit']}"
     )
     for name, part in seconds.most_common():
         if name != "step":

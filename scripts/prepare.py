@@ -107,15 +107,15 @@ def report(info, out, seconds):
         f"{info.train_documents:,} documents, {info.train_shards} shards",
         f"validation text  {info.val_tokens:13,} tokens in "
         f"{info.val_documents:,} documents",
-        f"{info.bytes_per_token:.3f} bytes a token; {size:.1f} MB of text "
+        f"{info.bytes_per_token:.3f} bytes per token; {size:.1f} MB of text "
         f"in {seconds:.1f} s, {size / seconds:.2f} MB/s",
     ]
     for name in ("unigram", "bigram"):
         nats = getattr(info, f"{name}_nats")
         bits = info.bits_per_byte(nats)
         rows.append(
-            f"{name + ' baseline':17} {nats:.3f} nats a token, "
-            f"{bits:.3f} bits a byte"
+            f"{name + ' baseline':17} {nats:.3f} nats per token, "
+            f"{bits:.3f} bits per byte"
         )
     print("\n".join(rows))
 

@@ -39,7 +39,7 @@ def build_parser():
     add("--top-k", type=int, help="draw from the k likeliest tokens only")
     add("--top-p", type=float, help="draw from the likeliest that sum to p")
     add("--seed", type=int, default=0, help="another seed, another text")
-    add("--chunk-size", type=int, help="prompt tokens a pass (None: all)")
+    add("--chunk-size", type=int, help="prompt tokens per pass (None: all)")
     add(
         "--fast",
         action="store_true",
@@ -50,10 +50,10 @@ def build_parser():
     add(
         "--plain",
         action="store_true",
-        help="one token a pass, matrices as they lie: slower; in float32 the "
+        help="one token per pass, matrices as they lie: slower; in float32 the "
         "same text",
     )
-    add("--stats", action="store_true", help="tokens a second, on stderr")
+    add("--stats", action="store_true", help="tokens per second, on stderr")
     return parser
 
 

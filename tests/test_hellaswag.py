@@ -118,7 +118,7 @@ def test_too_long_rows_lose_their_beginning():
 
 
 class Words:
-    """A tokenizer: one token a word, told by its length."""
+    """A tokenizer: one token per word, told by its length."""
 
     bos_token_id, eos_token_id = None, 96
 

@@ -20,7 +20,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "tie_word_embeddings": True,
 }
-# 8 rows of 32 tokens a step; some 11 steps are an epoch of the tiny corpus
+# 8 rows of 32 tokens per step; some 11 steps are an epoch of the tiny corpus
 OPTIONS = {
     "steps": 16,
     "sequence_length": 32,

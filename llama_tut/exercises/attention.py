@@ -196,7 +196,7 @@ def check_tokens(answer):
         num_hidden_layers=5,
         num_attention_heads=8,
         num_key_value_heads=2,
-    )  # 2 * 5 * 2 * 8 = 160 numbers a token
+    )  # 2 * 5 * 2 * 8 = 160 numbers per token
     found = answer(config, 12_800, 4)
     expect(found != 5, "keys are shared: count key heads, not query heads")
     expect(found != 40, "a token leaves a key and a value")

@@ -476,7 +476,7 @@ def same_place_for_all(chunks):
 
 @exercise("distributed.hide")
 def check_hide(answer):
-    """Tokens a rank whose backward pass is as long as the ring."""
+    """Tokens per rank whose backward pass is as long as the ring."""
     found = answer(8, 4e14, 1e11)
     for factor, hint in (
         (1 / 8, "`bits` counts bits: a byte has eight"),
@@ -484,7 +484,10 @@ def check_hide(answer):
         (2, "a gradient in bfloat16 has two bytes"),
         (8 / 7, "a rank keeps one chunk of W: it sends (W - 1) / W of them"),
         (8, "no rank sends the whole gradient to all others, in a ring"),
-        (2 / 3, "6N FLOPs a token are forward and backward; backward has 4N"),
+        (
+            2 / 3,
+            "6N FLOPs per token are forward and backward; backward has 4N",
+        ),
     ):
         expect(abs(found / 28_000 - factor) > 1e-3, hint)
     expect_close(found, 28_000.0, f"{found:,.0f} for 8 GPUs: it is 28,000")

@@ -291,7 +291,7 @@ def check_bytes(answer):
             ),
             (
                 16 * N / W + 8 * unit,
-                "the unit is whole in bfloat16, 2 bytes a number",
+                "the unit is whole in bfloat16, 2 bytes per number",
             ),
             (
                 8 * N / W + 4 * unit,

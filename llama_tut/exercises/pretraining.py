@@ -194,7 +194,7 @@ def rounded_up(N, room, half):
 @exercise("pretraining.fit")
 def check_fit(answer):
     """The largest micro batch that fits and can be shared out."""
-    # 512 rows a step; 20 fit
+    # 512 rows per step; 20 fit
     rows = dict(free=20_999, row=1000, tokens=512 * 64, T=64)
     found = answer(**rows, world_size=1)
     expect(found * 1000 <= 20_999, f"{found} rows do not fit")
@@ -204,9 +204,9 @@ def check_fit(answer):
     expect(found != 16, "96 rows on 8 ranks are 12 a rank: ask for all ranks")
     expect(
         found not in (4, 8),
-        "powers of two are not all: 12 rows a rank fit at once",
+        "powers of two are not all: 12 rows per rank fit at once",
     )
-    expect(found == 12, f"{found}: of 12 rows a rank, 12 at once fit")
+    expect(found == 12, f"{found}: of 12 rows per rank, 12 at once fit")
     expect(answer(**rows, world_size=3) == 0, "512 rows on 3 ranks: no such B")
     expect(
         answer(999, 1000, 64, 64, 1) == 0, "when not one row fits, return 0"

@@ -244,7 +244,7 @@ def forgets_the_counts(words):
 
 @exercise("tokens.bits")
 def check_bits(answer):
-    """Bits a byte need no tokenizer."""
+    """Bits per byte need no tokenizer."""
     text = "é" * 50
     found = answer(100 * math.log(2), text)
     expect(
@@ -264,11 +264,11 @@ def check_bits(answer):
         and found > 0,
         "divide by ln 2 once",
     )
-    expect_close(found, 1.0, "100 bits for 100 bytes are one bit a byte")
+    expect_close(found, 1.0, "100 bits for 100 bytes are one bit per byte")
     expect_close(
         answer(50 * math.log(2), text),
         0.5,
-        "50 bits for 100 bytes are half a bit a byte: do not round",
+        "50 bits for 100 bytes are half a bit per byte: do not round",
     )
 
 

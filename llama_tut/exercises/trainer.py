@@ -135,7 +135,7 @@ wrong_variants(
 
 @exercise("trainer.mfu")
 def check_mfu(answer):
-    """MFU from tokens a second."""
+    """MFU from tokens per second."""
     sizes = dict(N=100e6, L=10, D=800, T=1000)
     found = answer(500_000.0, peak=989e12, **sizes)
     right = 500_000.0 * 696e6 / 989e12
@@ -156,7 +156,7 @@ def check_mfu(answer):
     expect_close(
         found,
         right,
-        "FLOPs a token are 6N + 12LTD; times tokens a second; over the peak",
+        "FLOPs per token are 6N + 12LTD; times tokens per second; over the peak",
     )
     expect_close(
         answer(1000.0, peak=1e12, **sizes), 0.696, "read the peak", 1e-4

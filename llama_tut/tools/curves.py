@@ -56,7 +56,7 @@ def draw_losses(ax, lines, levels):
         ax.plot(tokens, values, label=name, **style)
     for name, nats in levels.items():
         draw_level(ax, f"{name} {nats:.2f}", nats)
-    ax.set(yscale="log", ylabel="nats a token")
+    ax.set(yscale="log", ylabel="nats per token")
     low, high = ax.get_ylim()
     ticks = [t for t in (0.7, 1, 1.5, 2, 3, 4, 5, 6, 8) if low < t < high]
     ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
@@ -82,10 +82,10 @@ def report(line, levels, bits_per_byte, items=0, choice_levels=None):
     Args:
         line: the run's last line of metrics.jsonl.
         levels: {name: nats} of what needs no model.
-        bits_per_byte: turns nats a token into bits a byte.
+        bits_per_byte: turns nats per token into bits per byte.
         items, choice_levels: of continuation choice, {name: accuracy}.
     """
-    yield f"{'':12}nats a token  bits a byte"
+    yield f"{'':12}nats per token  bits per byte"
     nats = {"this model": line.get("val_loss", math.nan), **levels}
     for name, value in nats.items():
         yield f"{name:12}{value:12.4f}{bits_per_byte(value):13.4f}"

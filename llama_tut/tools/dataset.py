@@ -17,7 +17,7 @@ from llama_tut.tools.shards import open_shard
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """`dataset.json`: sizes, baselines in nats a token, and origin."""
+    """`dataset.json`: sizes, baselines in nats per token, and origin."""
 
     corpus: str
     tokenizer: str
@@ -40,7 +40,7 @@ class DatasetInfo:
     versions: dict = field(default_factory=dict)
 
     def bits_per_byte(self, nats):
-        """Nats a token of the validation text -> bits a byte of it."""
+        """Nats per token of the validation text -> bits per byte of it."""
         return nats / math.log(2) / self.bytes_per_token
 
 

@@ -32,12 +32,12 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype)
 
 
-# Dense products in bfloat16, FLOPs a second, by NVIDIA's data sheets
+# Dense products in bfloat16, FLOPs per second, by NVIDIA's data sheets
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
 
 
 def peak_flops(device):
-    """FLOPs a second of a GPU in bfloat16; None when it is not in PEAKS."""
+    """FLOPs per second of a GPU in bfloat16; None when it is not in PEAKS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -11,7 +11,7 @@ MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9, "4090": 24e9}  # bytes
 
 @dataclass(frozen=True)
 class Gpu:
-    """Speeds from the data sheets, in bytes a second and FLOPs a second."""
+    """Speeds from the data sheets, in bytes per second and FLOPs per second."""
 
     memory: float  # bytes
     peak: float  # dense products in bfloat16
@@ -55,7 +55,7 @@ class Plan:
     hours: float
     device_hours: float
     cost: float | None
-    state_bytes: float  # weights, gradients, AdamW: 16 bytes a parameter
+    state_bytes: float  # weights, gradients, AdamW: 16 bytes per parameter
     least_devices: int  # that hold this state, if it is cut
 
     def __str__(self):

@@ -10,7 +10,7 @@ def t_interval(values, level=0.95):
     """The mean of some runs, and half of its interval by Student's t.
 
     Args:
-        values: one number a run, two or more.
+        values: one number per run, two or more.
         level: how often such an interval holds the true mean.
 
     Returns:
@@ -50,7 +50,7 @@ def unpaired_interval(first, second, level=0.95):
     Welch's: the two groups may have different sizes and variances.
 
     Args:
-        first, second: one number a run, two or more in each.
+        first, second: one number per run, two or more in each.
 
     Returns:
         mean(first) - mean(second), and half of the interval.

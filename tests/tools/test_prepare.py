@@ -86,7 +86,7 @@ def test_no_token_is_lost(corpus, tmp_path, prepare):
         *("--shard-tokens", 5000, "--out", out),
     )
     assert (code, err) == (0, "")
-    for word in ("300 tokens", "bytes a token", "MB/s", "unigram", "bigram"):
+    for word in ("300 tokens", "bytes per token", "MB/s", "unigram", "bigram"):
         assert word in printed
     found = read_back(out)
     assert sorted(found["train"] + found["val"]) == sorted(documents(400))
@@ -540,7 +540,7 @@ def test_a_separator_stands_in_front_of_each_document(corpus, tmp_path):
 
 
 def test_bits_a_byte_are_of_the_validation_text(tmp_path):
-    """Of a book whose end is in another script: 3 bytes a character there."""
+    """Of a book whose end is in another script: 3 bytes per character there."""
     (tmp_path / "a.txt").write_text(
         "the cat sees a dog " * 100 + "模型读" * 30
     )
@@ -553,7 +553,7 @@ def test_bits_a_byte_are_of_the_validation_text(tmp_path):
     assert info.bytes_per_token == len(val.encode()) / len(ids)
     trained = info.train_bytes / info.train_tokens
     assert trained > 2 * info.bytes_per_token
-    total = 1.5 * len(ids)  # a loss of 1.5 nats a token
+    total = 1.5 * len(ids)  # a loss of 1.5 nats per token
     expected = total / np.log(2) / len(val.encode())
     assert info.bits_per_byte(1.5) == pytest.approx(expected)
 
