@@ -286,7 +286,7 @@ class MoEForCausalLM(LlamaForCausalLM):
         return out  # []
 
     def flops_per_token(self, sequence_length, training=True):
-        """FLOPs a token, with the experts that it uses and the routers."""
+        """FLOPs per token, with the experts that it uses and the routers."""
         c, passes = self.config, 3 if training else 1
         n = c.experts_of_a_token * c.expert_size - c.intermediate_size
         more = c.hidden_size * (3 * n + c.experts)  # weights of a layer
