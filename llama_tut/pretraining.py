@@ -99,12 +99,11 @@ def train(
 ):
     """Train a model as `config` says; every rank calls this.
 
-    Args: what later chapters bring: build_model(config, info),
-        prepare_model(model, device, dtype) and build_layout(config, ranks)
-        before the first step; build_loader(config, info, ranks, split), whose
-        batches are tuples of tensors, the targets last; score_batch, which
-        scores HellaSwag's rows; after_step(model, line), which may change
-        buffers and add numbers; save_model(model, folder, tokenizer).
+    Args: build_model(config, info), prepare_model(model, device, dtype) and
+        build_layout(config, ranks) before the first step; build_loader(config,
+        info, ranks, split), whose batches are tensors, the targets last;
+        score_batch for HellaSwag's rows; after_step(model, line), which may
+        change buffers and add numbers; save_model(model, folder, tokenizer).
 
     Returns: the last line of metrics.jsonl.
     Raises: InputError for all that the options or the data get wrong.
