@@ -20,7 +20,7 @@ TINY = f"text ids {MODEL} probabilities generate loss optimizer"
 # chapter: the words beside "you are here", its pieces, and where the pins are
 CHAPTERS = {
     "tiny": ("all of it, small", TINY, [(44, 135)]),
-    "config": ("the config, a model in ten numbers", "config", [(384, 134)]),
+    "config": ("the config, a model in a few numbers", "config", [(384, 134)]),
     "rmsnorm": ("RMSNorm", "norm", [(136, 220), (136, 290), (102, 368)]),
     "rope": ("RoPE, rotary positions", "rope", [(236, 258)]),
     "attention": ("attention", "attention rope", [(236, 219)]),

@@ -66,7 +66,7 @@ def test_what_a_reader_sees(capsys):
     exercises.check("rmsnorm.parameters", lambda config: None)
     exercises.check("rmsnorm.parameters", lambda config: 1 / 0)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "rmsnorm.parameters: not yet. it returns nothing yet"
+    assert said[0] == "rmsnorm.parameters: not yet, it returns nothing so far"
     assert "it raised ZeroDivisionError" in said[1]
     with pytest.raises(ValueError, match="no exercise 'rmsnorm.nonsense'"):
         exercises.check("rmsnorm.nonsense", None)
@@ -138,7 +138,7 @@ def test_a_checker_may_ask_for_an_exception(monkeypatch):
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
-        (None, "it returns nothing yet"),
+        (None, "it returns nothing so far"),
         ((1, 2), "it returned a tuple of 2"),
         (3.5, "it returned the number 3.5"),
         ("text", "it returned the text 'text'"),

@@ -5,7 +5,6 @@ several runs after another. The tests look at what they left.
 """
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -33,7 +32,6 @@ from llama_tut.parallel import (
 from llama_tut.pretraining import train
 from llama_tut.tools.files import InputError
 from llama_tut.tools.options import configure, extra_options
-from llama_tut.tools.prepare import prepare
 from llama_tut.tools.ranks import Ranks
 from llama_tut.weights import load_pretrained
 
@@ -109,21 +107,6 @@ def run_job(ranks, out, runs, data):
     )
     assert done.returncode == 0, done.stderr
     return json.loads((out / f"said_{ranks}.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def stories(tmp_path_factory):
-    """A data folder with lines, for continuation choice."""
-    folder, draw = tmp_path_factory.mktemp("stories"), random.Random(0)
-    topics = ["a b c d", "e f g h", "i j k l", "m n o p", "q r s t"]
-    lines = []
-    for n in range(3000):  # ten lines a topic
-        words = topics[n // 10 % len(topics)].split()
-        lines.append(" ".join(draw.choices(words, k=9)))
-    (folder / "text.txt").write_text("\n".join(lines))
-    how = dict(tokenizer="bpe", vocab_size=280, val_share=0.3)
-    prepare([folder / "text.txt"], folder / "data", 1, **how)
-    return folder / "data"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from llama_tut.tools.options import (
     configure,
     llama_config,
 )
-from llama_tut.tools.prepare import load_dataset_info, prepare
+from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.ranks import Ranks
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -239,21 +238,6 @@ def test_hellaswag_is_measured_when_asked_for(config):
         train(replace(config, steps=1000))
     config = replace(config, sequence_length=128, steps=1, resume=True)
     assert train(config)["hellaswag"] in (0, 0.25, 0.5, 0.75, 1)
-
-
-@pytest.fixture(scope="module")
-def stories(tmp_path_factory):
-    """A data folder with lines that share their letters with the next."""
-    folder, draw = tmp_path_factory.mktemp("stories"), random.Random(0)
-    topics = ["a b c d", "e f g h", "i j k l", "m n o p", "q r s t"]
-    lines = []
-    for n in range(3000):  # ten lines a topic
-        words = topics[n // 10 % len(topics)].split()
-        lines.append(" ".join(draw.choices(words, k=9)))
-    (folder / "text.txt").write_text("\n".join(lines))
-    how = dict(tokenizer="bpe", vocab_size=280, val_share=0.3)
-    prepare([folder / "text.txt"], folder / "data", 1, **how)
-    return folder / "data"
 
 
 def test_a_run_measures_choice(config, stories, capsys):

@@ -172,7 +172,7 @@ def verdict(name, answer):
         except Exception as error:  # the reader's code may raise anything
             raised.append(error)
             raise
-        expect(result is not None, "it returns nothing yet")
+        expect(result is not None, "it returns nothing so far")
         returned.append(result)
         return result
 
@@ -197,4 +197,4 @@ def verdict(name, answer):
 def check(name, answer):
     """Print whether the function `answer` solves the exercise `name`."""
     said = verdict(name, answer)
-    print(f"{name}: {said}" if said == "right" else f"{name}: not yet. {said}")
+    print(f"{name}: {said}" if said == "right" else f"{name}: not yet, {said}")

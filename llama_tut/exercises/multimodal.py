@@ -104,6 +104,12 @@ def grouped(x, columns, R):
     return x.reshape(B, N // columns // R, R, columns // R, R, E)
 
 
+def in_order(x, columns, R, *axes):
+    """The groups, with these axes in this order, three of them joined."""
+    x = grouped(x, columns, R).permute(0, *axes)
+    return x.flatten(3).flatten(1, 2)
+
+
 @wrong("multimodal.pixel_shuffle", "further on")
 def in_a_line(x, columns, R):
     B, N, E = x.shape
@@ -112,32 +118,17 @@ def in_a_line(x, columns, R):
 
 @wrong("multimodal.pixel_shuffle", "inside a group")
 def columns_first(x, columns, R):
-    return (
-        grouped(x, columns, R)
-        .permute(0, 1, 3, 4, 2, 5)
-        .flatten(3)
-        .flatten(1, 2)
-    )
+    return in_order(x, columns, R, 1, 3, 4, 2, 5)
 
 
 @wrong("multimodal.pixel_shuffle", "number the groups")
 def groups_by_column(x, columns, R):
-    return (
-        grouped(x, columns, R)
-        .permute(0, 3, 1, 2, 4, 5)
-        .flatten(3)
-        .flatten(1, 2)
-    )
+    return in_order(x, columns, R, 3, 1, 2, 4, 5)
 
 
 @wrong("multimodal.pixel_shuffle", "together")
 def channels_apart(x, columns, R):
-    return (
-        grouped(x, columns, R)
-        .permute(0, 1, 3, 5, 2, 4)
-        .flatten(3)
-        .flatten(1, 2)
-    )
+    return in_order(x, columns, R, 1, 3, 5, 2, 4)
 
 
 @wrong("multimodal.pixel_shuffle", "it must be [2, 6, 12]")
