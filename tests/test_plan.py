@@ -113,7 +113,7 @@ def real_steps():
         model(ids, targets=ids).backward()
         model.zero_grad()
         peaks = []
-        for _ in range(20):  # gloo's thread may release a message late
+        for _ in range(10):  # gloo's thread may release a message late
             with bytes_alive() as history:
                 model(ids, targets=ids).backward()
             peaks.append(max(history))
