@@ -6,18 +6,10 @@ Letters: W ranks, N parameters.
 
 import json
 import sys
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -34,6 +26,11 @@ from llama_tut.tools.files import (
     write_json,
 )
 from llama_tut.tools.ranks import Ranks, own_part, shared_errors
+from llama_tut.tools.tensor_files import (
+    read_tensors,
+    tensor_shapes,
+    write_tensors,
+)
 
 # Random states
 
@@ -144,21 +141,6 @@ def require_finite(tensors, step):
         )
 
 
-def write_tensors(folder, tensors, ranks):
-    """Write what this rank holds; all ranks call it."""
-    with warnings.catch_warnings():  # that one process is alone
-        warnings.simplefilter("ignore")
-        dcp.save(
-            tensors,
-            storage_writer=HuggingFaceStorageWriter(
-                folder, save_distributed=True
-            ),
-            planner=dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-            process_group=ranks.gloo_group,
-            no_dist=ranks.world_size == 1,
-        )
-
-
 def seal(folder, step, state, world_size):
     """Add the plain values and the manifest, and flush all files."""
     write_json(folder / "state.json", {"step": step, **state})
@@ -194,14 +176,11 @@ def in_one_line(final, half):
     """A disk that is full, on any rank, is bad input. Raises: InputError."""
     try:
         yield
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except OSError as error:
         remove(half)
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        reason = getattr(error, "strerror", None) or str(error).split(": ")[-1]
         raise InputError(
-            f"cannot write the checkpoint {final}: {reason}; earlier "
-            "checkpoints are intact: mend that and go on with --resume"
+            f"cannot write the checkpoint {final}: {error.strerror or error}; "
+            "earlier checkpoints are intact: mend that and go on with --resume"
         ) from error
 
 
@@ -273,8 +252,7 @@ def check_shapes(path, model):
     Raises: InputError naming the first tensor that differs.
     """
     ours = {n: list(t.shape) for n, t in model.state_dict().items()}
-    found = HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
-    shapes = {name: list(about.size) for name, about in found.items()}
+    shapes = tensor_shapes(path)
     theirs = {n: s for n, s in shapes.items() if "/" not in n}
     for name in sorted(ours.keys() | theirs.keys()):
         require(name in ours, f"{path}: {name} is not in the model")
@@ -307,14 +285,7 @@ def load_checkpoint(path, model, optimizer=None, ranks=None):
     if optimizer is not None:
         averages = optimizer_tensors(model, optimizer, make=True)
         averages = {n: t for n, t in averages.items() if n in shapes}
-    with warnings.catch_warnings():  # that one process is alone
-        warnings.simplefilter("ignore")
-        dcp.load(
-            {**model.state_dict(), **averages, **drawn},  # filled in place
-            storage_reader=HuggingFaceStorageReader(path),
-            process_group=ranks.gloo_group,
-            no_dist=ranks.world_size == 1,
-        )
+    read_tensors(path, {**model.state_dict(), **averages, **drawn}, ranks)
     if optimizer is not None:
         set_optimizer_tensors(model, optimizer, averages)
     if drawn:
