@@ -96,6 +96,10 @@ class Layout:
         self.config, self.ranks, self.readers = config, ranks, ranks
         self.memory = {}
 
+    def build(self, build):
+        """The model of a run, as `build()` makes it."""
+        return build()
+
     def place(self, model, dtype):
         """The model where it will train, before its optimizer is built."""
         return model.to(self.ranks.device)

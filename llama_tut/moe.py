@@ -213,9 +213,10 @@ class MoE(nn.Module):
         self.register_buffer("load", load, persistent=False)
 
     def init_weights(self, std, output_std, generator=None):
-        """Draw router, experts and shared experts."""
+        """Draw router, experts and shared experts; no row is counted yet."""
         for part in self.children():
             part.init_weights(std, output_std, generator)
+        nn.init.zeros_(self.load)
 
     def forward(self, x):
         """x [B, T, D] -> [B, T, D]."""

@@ -7,9 +7,8 @@ H heads, W ranks, L layers, N parameters.
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -34,11 +33,16 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
-from llama_tut.config import option
 from llama_tut.distributed import Layout, micro_step_sync
 from llama_tut.mlp import LlamaMLP
+from llama_tut.tools.deferred import build_deferred, draw
 from llama_tut.tools.files import require
-from llama_tut.tools.options import check_choices, extra_options
+from llama_tut.tools.options import extra_options
+from llama_tut.tools.parallel_config import (
+    ParallelOptions,
+    check_divisible,
+    check_layout,
+)
 
 # FSDP2: the same with fewer messages
 
@@ -241,23 +245,13 @@ def whole_logits(model, mesh, hidden):
 
 def check_cut(model, W):
     """Raise InputError, in one line, if W ranks cannot cut this model."""
-    c = model.config
     dense = all(isinstance(part.mlp, LlamaMLP) for part in model.model.layers)
     require(
-        dense and hasattr(c, "num_key_value_heads"),
+        dense and hasattr(model.config, "num_key_value_heads"),
         "--tensor-parallel cuts LLaMAs with dense MLPs only: use --parallel "
         "fsdp for this model",
     )
-    for number, what in (
-        (c.num_attention_heads, "attention heads"),
-        (c.num_key_value_heads, "kv heads"),
-        (c.intermediate_size, "intermediate_size"),
-    ):
-        require(
-            number % W == 0,
-            f"--tensor-parallel {W} cannot cut this model: its {what} "
-            f"({number}) must be divisible by {W}",
-        )
+    check_divisible(model.config, W)
 
 
 def build_mesh(device_type, world_size, tensor_parallel=1):
@@ -315,37 +309,6 @@ def cut(model, mesh):
 # The trainer takes it from outside
 
 
-@dataclass(frozen=True)
-class ParallelOptions:
-    """where the model lies (chapter 24)"""
-
-    parallel: Literal["ddp", "fsdp"] = option(
-        "ddp", "a rank holds all weights, or a piece of each"
-    )
-    tensor_parallel: int = option(1, "ranks that one matrix is cut over")
-    recompute: bool = option(
-        False, "compute layers again in the backward pass"
-    )
-
-    def __post_init__(self):
-        check_choices(self)
-
-
-def check_layout(options, optimizer, W):
-    """Raise InputError if W ranks cannot train as the options say."""
-    tp = options.tensor_parallel
-    require(
-        options.parallel == "fsdp" or tp == 1 or W == tp,
-        f"--tensor-parallel {tp} on {W} ranks leaves {W // max(tp, 1)} "
-        "groups: say --parallel fsdp as well, or start fewer ranks",
-    )
-    require(
-        optimizer != "muon",
-        "--optimizer muon wants whole matrices, which --parallel fsdp "
-        "and --tensor-parallel cut: take --optimizer adamw",
-    )
-
-
 class ParallelLayout(Layout):
     """A model that is recomputed, cut and sharded as the options say.
 
@@ -357,6 +320,7 @@ class ParallelLayout(Layout):
         options = extra_options(config, ParallelOptions)
         W, self.tp = ranks.world_size, options.tensor_parallel
         self.recompute, self.mesh = options.recompute, None
+        self.draws = None  # what the weights will be, when they are cut
         self.memory = {"recompute": self.recompute}
         if self.tp == 1 and (W == 1 or options.parallel == "ddp"):
             return
@@ -367,6 +331,12 @@ class ParallelLayout(Layout):
         self.readers = replace(ranks, **here)
         self.memory |= {"shards": dp.size(), "tensor_parallel": self.tp}
 
+    def build(self, build):
+        if self.mesh is None:
+            return build()
+        model, self.draws = build_deferred(build)
+        return model
+
     def place(self, model, dtype):
         if self.recompute:
             recompute(model)
@@ -375,7 +345,9 @@ class ParallelLayout(Layout):
         if self.mesh is not None and self.readers.world_size > 1:
             half = dtype if dtype == torch.bfloat16 else None
             shard(model, self.mesh["dp"], half)
-        return model.to(self.ranks.device)
+        if self.draws is None:
+            return model.to(self.ranks.device)
+        return draw(model, self.draws, self.ranks.device)
 
     def wrap(self, model):
         return super().wrap(model) if self.mesh is None else model

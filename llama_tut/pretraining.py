@@ -151,7 +151,7 @@ def prepare_run(
     dtype = matmul_dtype(config.dtype, ranks.device)
     cast = partial(autocast, ranks.device, dtype)
     build = partial(build_model, config, info)
-    model = build()
+    model = layout.build(build)
     if prepare_model is not None:
         prepare_model(model, ranks.device, dtype)
     model = fast = layout.place(model, dtype)

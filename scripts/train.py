@@ -26,7 +26,7 @@ from llama_tut.multimodal import (
     build_pictures,
     save_pictures,
 )
-from llama_tut.parallel import ParallelLayout, ParallelOptions
+from llama_tut.parallel import ParallelLayout
 from llama_tut.pretraining import train
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import InputError, require
@@ -39,6 +39,7 @@ from llama_tut.tools.options import (
     extra_options,
     flag,
 )
+from llama_tut.tools.parallel_config import ParallelOptions
 from llama_tut.tools.picture_config import PictureOptions
 
 # Dataclasses of options that later chapters add; their values are in

@@ -24,14 +24,11 @@ from training_setup import (
 )
 
 from llama_tut.checkpoint import latest_checkpoint, verify_checkpoint
-from llama_tut.parallel import (
-    ParallelLayout,
-    ParallelOptions,
-    check_layout,
-)
+from llama_tut.parallel import ParallelLayout
 from llama_tut.pretraining import train
 from llama_tut.tools.files import InputError
 from llama_tut.tools.options import configure, extra_options
+from llama_tut.tools.parallel_config import ParallelOptions, check_layout
 from llama_tut.tools.ranks import Ranks
 from llama_tut.weights import load_pretrained
 
@@ -45,13 +42,10 @@ from pathlib import Path
 import torch
 from llama_tut import pretraining
 from llama_tut.model import LlamaForCausalLM
-from llama_tut.parallel import (
-    ParallelLayout,
-    ParallelOptions,
-    check_layout,
-)
+from llama_tut.parallel import ParallelLayout
 from llama_tut.tools.files import InputError
 from llama_tut.tools.options import configure, llama_config
+from llama_tut.tools.parallel_config import ParallelOptions
 from llama_tut.tools.ranks import start, stop, wait_for_all
 
 out, common, runs = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])

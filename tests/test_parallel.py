@@ -21,10 +21,8 @@ from llama_tut.gpt2 import LadderConfig, LadderForCausalLM
 from llama_tut.model import LlamaForCausalLM, next_token_loss
 from llama_tut.optimizer import build_optimizer
 from llama_tut.parallel import (
-    ParallelOptions,
     build_mesh,
     check_cut,
-    check_layout,
     clip_gradients,
     cut,
     gather_weights,
@@ -37,6 +35,7 @@ from llama_tut.parallel import (
 from llama_tut.rmsnorm import LlamaRMSNorm
 from llama_tut.tools.files import InputError
 from llama_tut.tools.on_ranks import on_ranks
+from llama_tut.tools.parallel_config import ParallelOptions, check_layout
 from llama_tut.tools.ranks import mean_over_ranks, start
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "24_parallel.ipynb"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from matplotlib.ticker import EngFormatter
 
-from llama_tut.tools.devices import matmul_dtype
+from llama_tut.tools.devices import matmul_dtype, without_memory
 from llama_tut.tools.files import require
 from llama_tut.tools.options import gradient_accumulation_steps
 
@@ -170,7 +170,7 @@ def describe(config, info, model, world_size, device, dtype, **layout):
 
 def announce(config, info, ranks, build_model, say, **layout):
     """Print what a run will do and need. Raises: InputError, if too much."""
-    with torch.device("meta"):  # shapes, no numbers
+    with without_memory():  # shapes, no numbers
         model = build_model(config, info)
     dtype = matmul_dtype(config.dtype, ranks.device)
     for line in describe(
