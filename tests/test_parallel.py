@@ -1,5 +1,8 @@
 """One model on 1, 2 and 4 ranks, in every layout, against one process."""
 
+import os
+import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +17,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from llama_tut.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from llama_tut.config import LlamaConfig
 from llama_tut.distributed import inner, wrap
 from llama_tut.generate import generate
@@ -36,7 +44,7 @@ from llama_tut.rmsnorm import LlamaRMSNorm
 from llama_tut.tools.files import InputError
 from llama_tut.tools.on_ranks import on_ranks
 from llama_tut.tools.parallel_config import ParallelOptions, check_layout
-from llama_tut.tools.ranks import mean_over_ranks, start
+from llama_tut.tools.ranks import mean_over_ranks, on_rank_zero, start
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "24_parallel.ipynb"
 
@@ -59,6 +67,18 @@ HAND = (
     "def padded(", "def gather(", "class Gather(", "def run_whole(",
     "def shard_by_hand(",
 )  # fmt: skip
+
+
+MORE = (
+    "from llama_tut.parallel import *\nfrom torch import nn\n"
+    "from torch.distributed.tensor import Shard\n"
+    "from torch.distributed.tensor.parallel import SequenceParallel\n"
+    "from llama_tut.config import LlamaConfig\n"
+    "from llama_tut.model import LlamaForCausalLM\n"
+) + cells_of(
+    "def small(", "def worst_gradient(", "def cut_with_sequence(",
+    "class GatherKeys(", "def context(", "def pipeline(",
+).replace('dist.init_process_group("gloo")', "")  # fmt: skip
 
 
 def small(layers=2, **options):
@@ -132,8 +152,8 @@ LAYOUTS = {
 }
 
 
-def every_layout():
-    ranks = start("cpu")
+def every_layout(ranks=None):
+    ranks = ranks or start("cpu")
     if ranks.world_size == 1:
         dist.init_process_group("gloo")
     found = []
@@ -157,9 +177,111 @@ def every_layout():
     return found
 
 
+def laid_out(tp, ranks):
+    """A small model on ranks of FSDP and of `tp`, its optimizer, its mesh."""
+    mesh = build_mesh("cpu", ranks.world_size, tp)
+    model = small()
+    if tp > 1:
+        cut(model, mesh["tp"])
+    shard(model, mesh["dp"])
+    return model, build_optimizer(model, learning_rate=1e-2), mesh["dp"]
+
+
+def go_on(model, optimizer, dp, first, last):
+    """Losses of the steps from `first` to `last`, each of its own rows."""
+    losses = []
+    for step in range(first, last):
+        inputs, targets = rows_of(step, dp.get_local_rank(), dp.size())
+        loss = model(inputs, targets=targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean_over_ranks(loss.detach()).item())
+    return losses
+
+
+def take_copies(folder, out):
+    """A list; while it holds True, copies of `folder` go to `out`, one before
+    each change that this rank makes to files: what kill -9 would leave."""
+    on, changes = [], ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+    def hook(event, args):
+        if on and (
+            event in changes
+            or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR))
+        ):
+            on.clear()  # copying changes files, too
+            number = len(list(out.glob(f"{dist.get_rank()}-*")))
+            name = f"{dist.get_rank()}-{number:03}"
+            shutil.copytree(folder, out / name, dirs_exist_ok=True)
+            on.append(True)
+
+    sys.addaudithook(hook)
+    return on
+
+
+def visible(copy):
+    """Names and sizes of all files of a copy that count as checkpoints."""
+    files = sorted(copy.glob("step_*/*"))
+    return [(f.parent.name, f.name, f.stat().st_size) for f in files]
+
+
+def saves_that_are_killed(ranks, tp):
+    """How many moments a save has; which step was found after each kill,
+    and whether the losses from there are those of the unbroken run."""
+    base = Path(sys.argv[1]).parent / f"killed-{tp}"
+    folder, out = base / "checkpoints", base / "copies"
+    model, optimizer, dp = laid_out(tp, ranks)
+    losses = go_on(model, optimizer, dp, 0, 2)
+    save = partial(save_checkpoint, folder, state={}, keep=1, ranks=ranks)
+    save(2, model, optimizer)
+    losses += go_on(model, optimizer, dp, 2, 3)
+    out.mkdir(exist_ok=True)
+    dist.barrier()
+    on = take_copies(folder, out)
+    on.append(True)
+    save(3, model, optimizer)
+    on.clear()
+    losses += go_on(model, optimizer, dp, 3, 5)
+    copies = on_rank_zero(ranks, lambda: sorted(map(str, out.iterdir())))
+    kinds = {str(visible(Path(copy))): copy for copy in reversed(copies)}
+    found = []
+    for copy in kinds.values():
+        path = on_rank_zero(ranks, latest_checkpoint, copy, lambda line: None)
+        torch.manual_seed(1)
+        again, fresh, dp = laid_out(tp, ranks)
+        go_on(again, fresh, dp, 7, 8)  # a past that must not show
+        step = load_checkpoint(path, again, fresh, ranks)["step"]
+        found.append((step, go_on(again, fresh, dp, step, 5) == losses[step:]))
+    return len(copies), found
+
+
+def on_four_ranks():
+    ranks = start("cpu")
+    layouts = every_layout(ranks)
+    return layouts, [saves_that_are_killed(ranks, tp) for tp in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def four():
+    return on_ranks(4, on_four_ranks)
+
+
+@pytest.mark.slow
+def test_a_save_killed_at_any_moment_leaves_the_newest_valid_one(four):
+    """Under FSDP, and FSDP x TP: resumed bit for bit on the same layout."""
+    for _, kills in four:
+        for moments, found in kills:
+            assert moments > 12 and {step for step, _ in found} == {2, 3}
+            assert all(same for _, same in found)
+
+
 @pytest.mark.parametrize("W", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_every_layout_is_one_process(W):
-    zero = on_ranks(W, every_layout)[0]
+def test_every_layout_is_one_process(W, request):
+    if W == 4:
+        zero = request.getfixturevalue("four")[0][0]
+    else:
+        zero = on_ranks(W, every_layout)[0]
     for name, tp, options, numbers, error, worst in zero:
         assert error < 1e-5 and max(worst) < 1e-5, (name, options)
         shapes = [p.shape for p in small(**options).parameters()]
@@ -357,9 +479,55 @@ def other_uses():
     return "done"
 
 
+def three_more_cuts():
+    """Worst error of a gradient: as the chapter does it, and with a fault."""
+    rank, found = dist.get_rank(), {}
+
+    def space(old="", new=""):
+        made = {}
+        assert old in MORE
+        exec(MORE.replace(old, new) if old else MORE, made)
+        return made
+
+    chapter = space()
+    mesh, small = build_mesh("cpu", 2, 2)["tp"], chapter["small"]
+    for kv in (4, 2):
+        few = partial(small, num_key_value_heads=kv)
+        model = chapter["cut_with_sequence"](few(), mesh)
+        inputs, targets = chapter["rows_of"](0)
+        where = torch.arange(32)
+        model(inputs, position_ids=where, targets=targets).backward()
+        found["sequence", kv] = chapter["worst_gradient"](model, few())
+    gain = model.model.norm.weight.grad  # each rank has its tokens' term
+    found["sequence", "broken"] = (
+        (gain.to_local() - gain.full_tensor()).abs().max().item()
+    )
+    for name, fault in (
+        ("right", ""),
+        ("broken", "        dist.all_reduce(gradient)\n"),
+    ):
+        context = space(fault)["context"]
+        for balanced in (True, False):
+            found["context", balanced, name] = context(balanced)[1]
+    alone, (inputs, targets) = small(layers=4), chapter["rows_of"](0)
+    alone(inputs, targets=targets).backward()
+    for name, fault in (("right", ""), ("broken", " / M")):
+        gradients = space(fault)["pipeline"]()
+        worst = 0.0
+        for key, gradient in gradients.items():
+            for i in (1, 0) if rank == 1 else ():
+                key = key.replace(f"layers.{i}.", f"layers.{i + 2}.")
+            error = gradient - alone.get_parameter(key).grad
+            worst = max(worst, error.abs().max().item())
+        found["pipeline", name] = worst
+        found["pipeline", "gradients"] = len(gradients)
+    return found
+
+
 def on_two_ranks():
     found = {"hand": by_hand(), "freed": freed(), "counts": counts()}
     found["losses"], found["other"] = loss_of_cut_words(), other_uses()
+    found["more"] = three_more_cuts()
     return found
 
 
@@ -397,6 +565,15 @@ def test_messages_are_as_many_as_the_formula_says(two):
             else:
                 extra = 3 if key[1] == "forward" else 1
                 assert [gathers, scatters, sums] == [0, 0, 2 * L + extra], key
+
+
+def test_sequence_context_and_pipeline_are_one_process(two):
+    """And the comparison sees a sum that is missing, or a mean."""
+    counts = [found["more"].pop(("pipeline", "gradients")) for found in two]
+    assert sum(counts) == len(list(small(layers=4).parameters()))
+    for found in two:
+        for name, worst in found["more"].items():
+            assert (worst > 1e-4) if "broken" in name else (worst < 1e-6), name
 
 
 def test_loss_over_a_cut_vocabulary(two):

@@ -105,8 +105,18 @@ def wait_for_step(process, out, step):
 
 def kill_at(process, out, step):
     """kill -9 torchrun at a step; its workers must follow within seconds."""
-    workers = psutil.Process(process.pid).children(recursive=True)
     wait_for_step(process, out, step)
+    kill_when(process, lambda: True)
+
+
+def kill_when(process, moment):
+    """kill -9 torchrun as soon as `moment()`; its workers must follow."""
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(60_000):
+        if moment():
+            break
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
     workers += psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate(timeout=20)
