@@ -255,7 +255,7 @@ def test_what_cannot_be_divided_is_refused_by_name(jobs):
         ({"tensor_parallel": 3}, 4, "--tensor-parallel 3 does not divide"),
         ({"tensor_parallel": 2}, 1, "--tensor-parallel 2 does not divide"),
         ({"tensor_parallel": 2}, 4, "say --parallel fsdp as well"),
-        ({"tensor_parallel": 0}, 4, "--tensor-parallel 0 does not divide"),
+        ({"tensor_parallel": 0}, 4, "--tensor-parallel 0 must be at least 1"),
         ({"parallel": "zero"}, 4, "take ddp or fsdp"),
         ({"parallel": "fsdp", "optimizer": "muon"}, 4, "--optimizer muon"),
         ({"tensor_parallel": 4, "optimizer": "muon"}, 4, "--optimizer muon"),
@@ -265,7 +265,7 @@ def test_a_layout_that_cannot_be(data, tmp_path, changes, world_size, words):
     options = COMMON | {"data": str(data), "out": str(tmp_path / "run")}
     with pytest.raises(InputError, match=words) as error:
         config = configure(options | changes, [ParallelOptions])
-        if changes.get("tensor_parallel", 1) in (0, 3) or world_size == 1:
+        if changes.get("tensor_parallel") == 3 or world_size == 1:
             ParallelLayout(config, Ranks(world_size=world_size))
         options = extra_options(config, ParallelOptions)
         check_layout(options, config.optimizer, world_size)

@@ -22,6 +22,10 @@ class ParallelOptions:
 
     def __post_init__(self):
         check_choices(self)
+        require(
+            self.tensor_parallel > 0,
+            f"--tensor-parallel {self.tensor_parallel} must be at least 1",
+        )
 
 
 def check_layout(options, optimizer, W):
@@ -29,7 +33,7 @@ def check_layout(options, optimizer, W):
     tp = options.tensor_parallel
     require(
         options.parallel == "fsdp" or tp == 1 or W == tp,
-        f"--tensor-parallel {tp} on {W} ranks leaves {W // max(tp, 1)} "
+        f"--tensor-parallel {tp} on {W} ranks leaves {W // tp} "
         "groups: say --parallel fsdp as well, or start fewer ranks",
     )
     require(
