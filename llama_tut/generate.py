@@ -10,11 +10,7 @@ from itertools import chain, islice
 import torch
 
 from llama_tut.tools.files import require
-from llama_tut.tools.prompts import (
-    check_finite,
-    check_request,
-    check_sampling,
-)
+from llama_tut.tools.prompts import check_finite, check_request, check_sampling
 
 # The cache
 
