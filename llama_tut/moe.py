@@ -5,6 +5,7 @@ Letters: B batch, T time, N = B*T tokens, D hidden_size, L layers, E experts,
 k experts that a token chooses, I width of an expert, R = N*k rows, W ranks.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,16 +14,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from llama_tut.config import LlamaConfig
 from llama_tut.mlp import LlamaMLP
 from llama_tut.model import LlamaForCausalLM, flops_per_token
 from llama_tut.tools.devices import without_memory
 from llama_tut.tools.files import read_json, require
 from llama_tut.tools.moe_config import MoEConfig, MoeOptions
-from llama_tut.tools.moe_weights import stack_experts, unstack_experts
+from llama_tut.tools.moe_weights import fill, stacked_table, unstack_experts
 from llama_tut.tools.options import extra_options, llama_config
 from llama_tut.tools.ranks import mean_over_ranks
-from llama_tut.tools.safetensors_folder import Stored, tensor_table
 from llama_tut.weights import FAMILIES, check_table
 
 # Choosing, the first way: Mixtral
@@ -115,6 +114,7 @@ class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, D, I = config.experts, config.hidden_size, config.expert_size
+        self.E = E
         self.gate_proj = nn.Parameter(torch.empty(E, I, D))
         self.up_proj = nn.Parameter(torch.empty(E, I, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, I))
@@ -148,15 +148,10 @@ class SortedExperts(Experts):
         """x [N, D], chosen and weights [N, k] -> [N, D]."""
         order = chosen.flatten().argsort(stable=True)  # [R], by expert
         token = order // chosen.shape[1]  # [R]: whose row it is
-        load = count_rows(chosen, self.experts_in_all)  # [E]
+        load = count_rows(chosen, self.E)  # [E]
         y = self.of_sorted(x[token], load)  # [R, D]
         y = y * weights.flatten()[order, None]  # [R, D]
         return torch.zeros_like(x).index_add(0, token, y.to(x.dtype))
-
-    @property
-    def experts_in_all(self):
-        """E."""
-        return len(self.gate_proj)
 
     def of_sorted(self, rows, load):
         """Rows [R, D] sorted by expert, and how many each gets, [E]."""
@@ -196,17 +191,12 @@ class MoE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, H = config.hidden_size, config.num_attention_heads
-        shared = config.shared_experts * config.expert_size
         self.gate, self.experts = Router(config), SortedExperts(config)
         self.shared_experts = None
-        if shared:
+        if config.shared_experts:
+            width = config.shared_experts * config.expert_size
             self.shared_experts = LlamaMLP(
-                LlamaConfig(
-                    hidden_size=D,
-                    intermediate_size=shared,
-                    num_attention_heads=H,
-                )
+                replace(config, intermediate_size=width)
             )
         # How many rows of the present step each expert has got.
         load = torch.zeros(config.experts)
@@ -325,77 +315,27 @@ def balance_experts(model, line):
 # Check: real names, real formats
 
 
-def fill(module, tensors, dtype=None, device="cpu"):
-    """Give a module that has no memory yet the tensors of these names."""
-    state = {}
-    for name in module.state_dict():
-        # In bfloat16 a bias would lose its nudges of 0.001.
-        kind = torch.float32 if name.endswith("_bias") else dtype
-        state[name] = tensors[name].to(device, kind)
-    module.load_state_dict(state, assign=True)
-    for part in module.modules():
-        if isinstance(part, MoE):
-            part.load = torch.zeros(part.load.shape, device=device)
-    return module
-
-
 def load_moe(folder, dtype=None, device="cpu"):
     """`load_pretrained` for a folder of Mixtral or of GLM-4.5."""
     config = MoEConfig.from_hf(read_json(Path(folder) / "config.json"))
     with without_memory():
         model = MoEForCausalLM(config)
-    table = tensor_table(folder)
-    tensors = stack_experts({name: s.tensor for name, s in table.items()})
-    check_table({n: Stored(t, None, 0) for n, t in tensors.items()}, model)
-    return fill(model, tensors, dtype, device)
+    table = stacked_table(folder)
+    check_table(table, model)
+    return fill(model, table, dtype, device)
 
 
 for kind in ("mixtral", "glm4_moe", "deepseek_v3"):
     FAMILIES[kind] = MoEConfig, load_moe
-
-
-def read_experts(folder):
-    """{layer: MoE} of a DeepSeek-V3 folder, whose attention is not built."""
-    hf = read_json(Path(folder) / "config.json")
-    as_glm = {"model_type": "glm4_moe", "partial_rotary_factor": 1.0}
-    rope = {"rope_parameters": None, "rope_scaling": None}
-    config = MoEConfig.from_hf(hf | as_glm | rope)
-    table = tensor_table(folder)
-    tensors = stack_experts({name: s.tensor for name, s in table.items()})
-    layers = {}
-    for i in range(config.dense_layers, config.num_hidden_layers):
-        start = f"model.layers.{i}.mlp."
-        own = {n.removeprefix(start): t for n, t in tensors.items()}
-        with without_memory():
-            layers[i] = MoE(config)
-        missing = layers[i].state_dict().keys() - own.keys()
-        require(not missing, f"layer {i} lacks {', '.join(sorted(missing))}")
-        fill(layers[i], own)
-    return layers
-
 
 # Through the trainer
 
 
 def build_moe(config, info):
     """As `build_llama`, with the experts that the run's options ask for."""
-    options, llama = (
-        extra_options(config, MoeOptions),
-        llama_config(config, info),
-    )
-    if options.mlp == "dense":
-        return LlamaForCausalLM(llama)
+    llama = llama_config(config, info)
+    options = extra_options(config, MoeOptions)
     return MoEForCausalLM(MoEConfig(**vars(llama), **vars(options)))
-
-
-def active_parameters(model):
-    """Parameters that one token uses: all but the experts left out."""
-    c, total = model.config, sum(p.numel() for p in model.parameters())
-    idle = 1 - c.experts_per_token / c.experts
-    for mlp in moe_layers(model).values():
-        stacks = mlp.experts.parameters()
-        total -= round(idle * sum(stack.numel() for stack in stacks))
-    return total
 
 
 # Experts on many ranks
@@ -429,17 +369,13 @@ class SpreadExperts(SortedExperts):
     def __init__(self, experts, group=None):
         nn.Module.__init__(self)
         self.group, self.W = group, dist.get_world_size(group)
-        E, rank = len(experts.gate_proj), dist.get_rank(group)
-        require(E % self.W == 0, f"{E} experts: {self.W} ranks do not divide")
+        self.E, rank = experts.E, dist.get_rank(group)
+        whole = self.E % self.W == 0
+        require(whole, f"{self.E} experts: {self.W} ranks do not divide them")
         for name, stack in experts.named_parameters():
             own = nn.Parameter(stack.detach().chunk(self.W)[rank].clone())
             own.register_hook(lambda gradient: gradient / self.W)
             setattr(self, name, own)
-
-    @property
-    def experts_in_all(self):
-        """E, of all ranks."""
-        return self.W * len(self.gate_proj)
 
     def of_sorted(self, rows, load):
         """Rows [R, D] of this rank sorted by expert, and their number, [E]."""

@@ -2,13 +2,17 @@
 
 import copy
 import json
+import os
+import shutil
 from functools import partial
 
 import pytest
 import torch
-import training_setup
+import torch.distributed as dist
+from small_model import caller
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from training_setup import OPTIONS
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -19,6 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import (
     load_balancing_loss_func,
 )
 
+from llama_tut import pretraining
 from llama_tut.config import LlamaConfig
 from llama_tut.mlp import LlamaMLP
 from llama_tut.model import LlamaForCausalLM
@@ -29,18 +34,23 @@ from llama_tut.moe import (
     MoEForCausalLM,
     Router,
     SortedExperts,
-    active_parameters,
     balance_experts,
     balance_term,
+    build_moe,
     moe_layers,
-    read_experts,
     route_deepseek,
     route_mixtral,
+    spread_experts,
     swap_mlps,
 )
 from llama_tut.optimizer import build_optimizer, parameter_groups
+from llama_tut.parallel import ParallelLayout, ParallelOptions
 from llama_tut.tools.files import InputError
 from llama_tut.tools.moe_config import MoeOptions
+from llama_tut.tools.on_ranks import on_ranks
+from llama_tut.tools.options import configure
+from llama_tut.tools.ranks import start, stop
+from llama_tut.tools.runs import read_metrics
 from llama_tut.weights import load_pretrained, save_pretrained
 
 SHAPE = {
@@ -123,18 +133,10 @@ def test_logits_equal_transformers_there_and_back(config, tmp_path):
             assert bias.dtype == torch.float32, "a nudge of 0.001 must count"
 
 
-def test_expert_layers_of_deepseek_v3(tmp_path):
-    config = DeepseekV3Config(
-        **HF, **FINE, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=16, num_mtp_layers=0,
-    )  # fmt: skip
-    theirs = random_folder(config, tmp_path)
-    layers, x = read_experts(tmp_path), torch.randn(2, 30, 64)
-    assert list(layers) == [1, 2]
-    with torch.no_grad():
-        for i, mlp in layers.items():
-            y = theirs.model.layers[i].mlp(x)
-            torch.testing.assert_close(mlp(x), y, rtol=1e-4, atol=1e-6)
+def test_a_deepseek_v3_is_refused_by_name(tmp_path):
+    """Chapter 26 reads its expert layers, and compares them."""
+    config = DeepseekV3Config(**HF, **FINE)
+    (tmp_path / "config.json").write_text(config.to_json_string())
     with pytest.raises(InputError, match="multi-head latent attention"):
         load_pretrained(tmp_path)
 
@@ -331,18 +333,6 @@ def test_stacks_decay_and_are_many_matrices_to_muon():
     torch.testing.assert_close(stack["0"].data, torch.stack([*alone]).data)
 
 
-def test_active_parameters():
-    published = MoEConfig(
-        vocab_size=50_304, hidden_size=576, intermediate_size=2 * 2_304,
-        num_hidden_layers=10, num_attention_heads=8, mlp="mixtral",
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = MoEForCausalLM(published)
-    whole = sum(p.numel() for p in model.parameters())
-    assert round(whole / 1e6, 1) == 389.8
-    assert round(active_parameters(model) / 1e6, 1) == 150.9
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -386,64 +376,158 @@ def test_a_folder_of_another_router(change, message, tmp_path):
         load_pretrained(tmp_path)
 
 
-RUN = training_setup.OPTIONS | {
+RUN = OPTIONS | {
     "mlp": "deepseek",
     "experts": 8,
     "experts_per_token": 2,
     "shared_experts": 1,
     "balance": 0.01,
-    "steps": 8,
+    "steps": 4,
+    "checkpoint_every": 2,
     "samples": 0,
+}
+COARSE = {"mlp": "mixtral", "shared_experts": 0}
+
+
+def run(options):
+    """Train experts as scripts/train.py does -> the lines of metrics.jsonl."""
+    config = configure(options, [ParallelOptions, MoeOptions])
+    pretraining.train(
+        config,
+        build_moe,
+        after_step=balance_experts,
+        build_layout=ParallelLayout,
+    )
+    return read_metrics(f"{config.out}/metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """A folder of runs of this process: "deepseek" and "mixtral"."""
+    out = tmp_path_factory.mktemp("experts")
+    common = RUN | {"data": str(data)}
+    run(common | {"out": str(out / "deepseek")})
+    run(common | COARSE | {"out": str(out / "mixtral")})
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(runs, data):
+    """What two ranks found: one job for all that needs them."""
+    common = RUN | {"data": str(data)}
+    sharded = {"parallel": "fsdp", "recompute": True}
+    os.environ["EXPERT_RUNS"] = json.dumps(
+        [
+            common | COARSE | {"out": str(runs / "ddp")},
+            common | sharded | {"out": str(runs / "fsdp")},
+        ]
+    )
+    return on_ranks(2, two_ranks)
+
+
+def two_ranks():
+    """What one of the two does: spread experts, then the two runs."""
+    ranks = start("cpu")
+    pretraining.start = lambda device: ranks  # one group for all runs
+    pretraining.stop = lambda: None
+    found = [spread(name, config) for name, config in CASES.items()]
+    for options in json.loads(os.environ["EXPERT_RUNS"]):
+        run(options)
+    stop()
+    return found
+
+
+CASES = {
+    "mixtral": {"mlp": "mixtral", "experts": 4, "balance": 0.0},
+    "deepseek": {"mlp": "deepseek", "shared_experts": 1, "expert_size": 48},
 }
 
 
+def spread(name, options):
+    """Losses, rows by rank, and gradients: one process, and spread experts."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    whole = MoEForCausalLM(MoEConfig(64, 32, 96, 2, 2, **options))
+    for bias in whole.model.layers[1].mlp.gate.buffers():
+        bias[:4] = -9.0  # then no token chooses an expert of rank 0
+    part = copy.deepcopy(whole)
+    spread_experts(part)
+    ids = torch.randint(64, (4, 17))
+    found = {"rows": [], "loss": [], "worst": 0.0}
+    for model, rows in ((whole, ids), (part, ids.chunk(2)[rank])):
+        loss = model(rows[:, :-1], targets=rows[:, 1:])
+        loss.backward()
+        found["loss"].append(loss.item())
+    for mlp in moe_layers(part).values():
+        found["rows"].append(mlp.load.view(2, -1).sum(1).tolist())
+    for name, p in part.named_parameters():
+        q = whole.get_parameter(name).grad
+        if ".experts." in name:
+            q = q.chunk(2)[rank]
+        else:
+            dist.all_reduce(p.grad.div_(2))  # as DDP does
+        error = (p.grad - q).abs().max() / (q.abs().max() + 1e-12)
+        found["worst"] = max(found["worst"], error.item())
+    return found
+
+
 @pytest.mark.slow
-def test_trainer_logs_loads_and_resumes_exactly(tmp_path):
-    data = training_setup.tiny_data(tmp_path)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    common = RUN | {"data": data}
-    code, _, err = training_setup.finish(
-        training_setup.start(common | {"out": whole})
+@pytest.mark.parametrize("number", [0, 1], ids=list(CASES))
+def test_spread_experts_are_those_of_one_process(pair, number):
+    one, two = (rank[number] for rank in pair)
+    assert one["loss"][0] == two["loss"][0]
+    mean = (one["loss"][1] + two["loss"][1]) / 2
+    assert mean == pytest.approx(one["loss"][0], rel=1e-6)
+    assert max(one["worst"], two["worst"]) < 1e-4
+    assert one["rows"][0] != two["rows"][0], "each rank sends its own"
+    assert all(mine != theirs for mine, theirs in one["rows"]), "not halves"
+    if number:  # all rows to rank 1, none to rank 0
+        assert one["rows"][1] == two["rows"][1] == [0, 64]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("one", "both"), [("mixtral", "ddp"), ("deepseek", "fsdp")]
+)
+def test_two_ranks_train_as_one(runs, pair, one, both):
+    """Losses and loads; under FSDP with recomputation, the folder too."""
+    lines = [
+        read_metrics(runs / name / "metrics.jsonl") for name in (one, both)
+    ]
+    for mine, theirs in zip(*lines, strict=True):
+        for name in ("loss", "grad_norm", "load_max/0", "load_min/1"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+    mine, theirs = (
+        load_pretrained(runs / name / "model").state_dict()
+        for name in (one, both)
     )
-    assert code == 0, err
-    code, _, err = training_setup.finish(
-        training_setup.start(common | {"out": cut}, ranks=None)
-    )
-    lines = training_setup.metrics(whole)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_resumes_exactly_and_transformers_reads_the_folder(
+    runs, tmp_path, monkeypatch, capsys
+):
+    whole, cut = runs / "deepseek", tmp_path / "cut"
+    lines = read_metrics(whole / "metrics.jsonl")
     assert all({"load_max/0", "load_min/1"} <= line.keys() for line in lines)
-    (cut / "checkpoints" / "step_00000008").rename(tmp_path / "last")
-    code, _, err = training_setup.finish(
-        training_setup.start({"out": cut, "resume": True})
-    )
-    assert code == 0, err
-    assert training_setup.losses(cut) == training_setup.losses(whole)
-    theirs = AutoModelForCausalLM.from_pretrained(whole / "model")
-    ours = load_pretrained(whole / "model")
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "model")
+    shutil.rmtree(cut / "checkpoints" / "step_00000004")
+    call = caller("train", monkeypatch, capsys, "--out", cut, "--resume")
+    code, out, _ = call()
+    assert code == 0 and "resumed at step 2" in out
+    again = read_metrics(cut / "metrics.jsonl")
+    assert [x["loss"] for x in again] == [x["loss"] for x in lines]
+    ours, first = (load_pretrained(f / "model") for f in (cut, whole))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+    bias = ours.model.layers[0].mlp.gate.e_score_correction_bias
+    assert bias.abs().max() > 0, "the router's bias is in the checkpoint"
+    theirs = AutoModelForCausalLM.from_pretrained(cut / "model")
     inputs, _ = batch()
     with torch.no_grad():
         torch.testing.assert_close(theirs(inputs).logits, ours(inputs))
-    # another router
-    code, _, err = training_setup.finish(
-        training_setup.start(
-            {"out": cut, "resume": True, "experts_per_token": 5}
-        )
-    )
-    assert code == 2 and err.count("\n") == 1, err
-
-
-@pytest.mark.slow
-def test_two_ranks_are_two_micro_batches(tmp_path):
-    data = training_setup.tiny_data(tmp_path)
-    common = RUN | {"data": data, "mlp": "mixtral", "steps": 4}
-    del common["shared_experts"]
-    found = []
-    for ranks in (None, 2):
-        out = tmp_path / f"{ranks}"
-        code, _, err = training_setup.finish(
-            training_setup.start(common | {"out": out}, ranks)
-        )
-        assert code == 0, err
-        found.append(training_setup.metrics(out))
-    for one, two in zip(*found, strict=True):
-        for name in ("loss", "load_max/0", "load_min/1"):
-            assert one[name] == pytest.approx(two[name], abs=1e-4)
+    code, _, err = call("--experts-per-token", 5)
+    assert code == 2 and err.count("\n") == 1
+    assert "--experts-per-token was 2, now it is 5; give the old" in err

@@ -11,6 +11,7 @@ import torch
 
 from llama_tut.config import LlamaConfig, read_hf
 from llama_tut.tools.files import require
+from llama_tut.tools.safetensors_folder import Stored, tensor_table
 
 MIXTRAL = {
     "num_local_experts": "experts",
@@ -44,8 +45,8 @@ def read_moe(hf):
     require(
         kind in ("mixtral", "glm4_moe"),
         f"config has model_type = {kind!r}, whose attention is not built here "
-        "(DeepSeek-V3's is multi-head latent attention): moe.read_experts "
-        "reads the expert layers alone",
+        "(DeepSeek-V3's is multi-head latent attention): chapter 26 reads its "
+        "expert layers alone",
     )
     for name, built in BUILT.items():
         value = hf.get(name, built)
@@ -127,6 +128,33 @@ def stack_experts(tensors):
             )
         found[name] = torch.stack([experts[e] for e in range(len(experts))])
     return found
+
+
+def stacked_table(folder):
+    """{name here: Stored} of a folder's tensors, experts stacked."""
+    table = tensor_table(folder)
+    tensors = stack_experts({name: s.tensor for name, s in table.items()})
+    return {name: Stored(t, None, 0) for name, t in tensors.items()}
+
+
+def fill(module, table, dtype=None, device="cpu"):
+    """Give a module on the device meta the tensors of these names.
+
+    A buffer that no file holds, such as `load`, starts at 0.
+    """
+    state = module.state_dict()
+    missing = [name for name in state if name not in table]
+    require(not missing, f"the checkpoint lacks {', '.join(missing)}")
+    for name in state:
+        # In bfloat16 a bias would lose its nudges of 0.001.
+        kind = torch.float32 if name.endswith("_bias") else dtype
+        state[name] = table[name].tensor.to(device, kind)
+    module.load_state_dict(state, assign=True)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(part, name, torch.zeros(buffer.shape, device=device))
+    return module
 
 
 def unstack_experts(state, mixtral):

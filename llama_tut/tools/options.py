@@ -328,6 +328,11 @@ def check_same_run(path, before, after):
     pairs = [(flag(name), old[name], new[name]) for name in SAME]
     pairs.append(("the hash of --data", before["data"], after["data"]))
     shape, now = before["model"], after["model"]
+    if shape and shape != now:  # first by the options of later chapters
+        was, extra = old["extra"], new["extra"]
+        for name in sorted(was.keys() | extra.keys()):
+            values = (one.get(name, "its default") for one in (was, extra))
+            pairs.append((flag(name), *values))
     for name in sorted(shape.keys() | now.keys() if shape else ()):
         pairs.append((flag(name), shape.get(name), now.get(name)))
     for name, was, now in pairs:
