@@ -30,8 +30,9 @@ from llama_tut.tools.files import read_json, write_json
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.options import configure
 from llama_tut.tools.picture_config import PictureOptions
-from llama_tut.tools.pictures import GROUPS, prepare_pictures
+from llama_tut.tools.pictures import prepare_pictures
 from llama_tut.tools.prepare import prepare
+from llama_tut.tools.printed_words import GROUPS
 from llama_tut.tools.tokenizers import read_tokenizer
 
 SEEDS = (1, 2, 3)

@@ -248,6 +248,57 @@ MUTANTS = [
         "test_checkpoint.py::"
         "test_saving_before_the_first_step_changes_nothing",
     ),
+    # Experts
+    Mutant(
+        "weights of the chosen experts not renormalised",
+        "moe.py",
+        "return scores, chosen, weights / weights.sum(-1, keepdim=True)",
+        "return scores, chosen, weights",
+        "test_moe.py::test_equal_experts_are_one_dense_mlp",
+    ),
+    Mutant(
+        "bias that chooses also weighs",
+        "moe.py",
+        "weights = scores.gather(-1, chosen)",
+        "weights = choice.gather(-1, chosen)",
+        "test_moe.py::test_the_bias_chooses_and_is_not_in_the_weights",
+    ),
+    Mutant(
+        "bias nudged towards the load",
+        "moe.py",
+        "torch.sign(mean - load)",
+        "torch.sign(load - mean)",
+        "test_moe.py::test_biases_are_nudged_against_the_load_and_saved",
+    ),
+    Mutant(
+        "balancing term not scaled under accumulation",
+        "moe.py",
+        "out = out + self.config.balance * (term - term.detach())",
+        "(self.config.balance * term).backward(retain_graph=True)",
+        "test_moe.py::test_right_under_accumulation",
+    ),
+    Mutant(
+        "load counted again when a layer is recomputed",
+        "moe.py",
+        "self.latest = scores, chosen\n",
+        "self.latest = scores, chosen\n"
+        "        self.load += count_rows(chosen, scores.shape[1])\n",
+        "test_moe.py::test_right_under_activation_checkpointing",
+    ),
+    Mutant(
+        "rows of the validation counted",
+        "moe.py",
+        "if targets is None or not self.training:",
+        "if targets is None:",
+        "test_moe.py::test_validation_counts_nothing",
+    ),
+    Mutant(
+        "gradients of spread experts summed over ranks",
+        "moe.py",
+        "own.register_hook(lambda gradient: gradient / self.W)",
+        "pass",
+        "test_moe.py::test_spread_experts_are_those_of_one_process",
+    ),
 ]
 
 
