@@ -34,16 +34,6 @@ def share_interval(share, count, level=0.95):
     return float(max(0.0, middle - half)), float(min(1.0, middle + half))
 
 
-def paired_interval(first, second, level=0.95):
-    """Mean of first - second at equal seed, and half of its interval.
-
-    Worth it only where the two move together from seed to seed: it has half
-    the degrees of freedom of `unpaired_interval`.
-    """
-    first, second = np.asarray(first, float), np.asarray(second, float)
-    return t_interval(first - second, level)
-
-
 def unpaired_interval(first, second, level=0.95):
     """Difference of two means, and half of its interval.
 
