@@ -7,10 +7,14 @@ python scripts/plan.py --model RUN/model --gpus 8 --recompute --plot plan.png
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from llama_tut.config import LlamaConfig
-from llama_tut.model import parameter_count
+from llama_tut.model import LlamaForCausalLM, parameter_count
 from llama_tut.plan import Setup, make_plan
+from llama_tut.tools import memory
 from llama_tut.tools.cli import Parser, run
+from llama_tut.tools.devices import without_memory
 from llama_tut.tools.files import read_json, require, write_json
 from llama_tut.tools.memory import in_bytes
 from llama_tut.tools.plans import GPUS, LLAMA3, short
@@ -91,7 +95,23 @@ def check(args):
         )
 
 
-def report(args, config, made, gpu):
+def by_formula(config, setup):
+    """Bytes of a rank by the formula that `make train` prints."""
+    with without_memory():
+        model = LlamaForCausalLM(config)
+    parts = memory.plan(
+        setup,
+        model,
+        torch.device("cuda"),
+        torch.bfloat16,
+        shards=setup.gpus // setup.tensor_parallel,
+        tensor_parallel=setup.tensor_parallel,
+        recompute=setup.recompute,
+    )
+    return sum(parts.values())
+
+
+def report(args, config, made, gpu, formula):
     """The plan in words."""
     peak, limit = made["peak_bytes"], gpu.memory
     verdict = "fits" if peak <= limit else "does NOT fit"
@@ -103,7 +123,7 @@ def report(args, config, made, gpu):
     )
     print(
         f"memory: {in_bytes(peak)} of {in_bytes(limit)} at the peak of a "
-        f"rank: {verdict}"
+        f"rank: {verdict}; {in_bytes(formula)} by the formula of make train"
     )
     for name, size in made["memory"].items():
         if size >= 0.0005 * peak:
@@ -162,7 +182,7 @@ def main():
         plain=args.plain,
     )
     made = make_plan(config, setup, gpu)
-    report(args, config, made, gpu)
+    report(args, config, made, gpu, by_formula(config, setup))
     if args.json is not None:
         write_json(args.json, {"setup": vars(setup), **made})
     if args.plot is not None:
