@@ -34,6 +34,7 @@ from llama_tut.multimodal import (
 from llama_tut.pretraining import train
 from llama_tut.tools.files import InputError
 from llama_tut.tools.machine import RESULTS
+from llama_tut.tools.moe_config import MoEConfig
 from llama_tut.tools.on_ranks import on_ranks
 from llama_tut.tools.options import configure
 from llama_tut.tools.picture_config import PictureConfig, PictureOptions
@@ -336,7 +337,9 @@ def test_frozen_text_stays_and_the_encoder_moves(folders, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_options_that_cannot_be(folders, tmp_path):
+def test_options_that_cannot_be(folders, config, tmp_path):
+    with pytest.raises(InputError, match="without experts"):
+        replace(config, text=MoEConfig(mlp="mixtral"))
     with pytest.raises(InputError, match="--text-model too"):
         configure({"freeze_text": True}, [PictureOptions])
     with pytest.raises(InputError, match="--patch-size"):

@@ -46,7 +46,8 @@ class PictureConfig:
     """A text model, an encoder's blocks, and pictures of one size.
 
     Raises:
-        InputError: the pictures are no whole number of patches.
+        InputError: the pictures are no whole number of patches, or the text
+            model has experts.
     """
 
     text: LlamaConfig
@@ -59,6 +60,10 @@ class PictureConfig:
     def __post_init__(self):
         for name in SIZES:
             check_number(name, getattr(self, name), whole=True)
+        require(
+            type(self.text) is LlamaConfig,  # what its folder can say
+            "--text-model must be a LLaMA with dense MLPs, without experts",
+        )
         step = self.patch_size * self.shuffle
         require(
             self.height % step == 0 == self.width % step,
