@@ -315,12 +315,13 @@ class ParallelLayout(Layout):
     Raises: InputError when the ranks or the optimizer cannot do that.
     """
 
+    sync, clip = staticmethod(sync_gradients), staticmethod(clip_gradients)
+
     def __init__(self, config, ranks):
         super().__init__(config, ranks)
         options = extra_options(config, ParallelOptions)
         W, self.tp = ranks.world_size, options.tensor_parallel
-        self.recompute, self.mesh = options.recompute, None
-        self.draws = None  # what the weights will be, when they are cut
+        self.recompute, self.mesh, self.draws = options.recompute, None, None
         self.memory = {"recompute": self.recompute}
         if self.tp == 1 and (W == 1 or options.parallel == "ddp"):
             return
@@ -345,20 +346,11 @@ class ParallelLayout(Layout):
         if self.mesh is not None and self.readers.world_size > 1:
             half = dtype if dtype == torch.bfloat16 else None
             shard(model, self.mesh["dp"], half)
-        if self.draws is None:
-            return model.to(self.ranks.device)
         return draw(model, self.draws, self.ranks.device)
 
     def wrap(self, model):
         return super().wrap(model) if self.mesh is None else model
 
-    def sync(self, model, last):
-        return sync_gradients(model, last)
-
-    def clip(self, parameters, max_norm):
-        return clip_gradients(parameters, max_norm)
-
     def whole(self, model, build):
-        if self.mesh is None:
-            return model
-        return whole_model(model, build).to(self.ranks.device)
+        whole = model if self.mesh is None else whole_model(model, build)
+        return whole.to(self.ranks.device)

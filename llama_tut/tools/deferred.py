@@ -71,7 +71,12 @@ def draw(model, draws, device):
 
     All is drawn on the CPU and in the order of `build`, so the numbers are
     those of one process, and so is the state of the generator afterwards.
+
+    Args:
+        draws: None: the model has its numbers, and only goes to the device.
     """
+    if draws is None:
+        return model.to(device)
     model.to_empty(device=device)
     tensors = tensors_of(model)
     with torch.no_grad():
