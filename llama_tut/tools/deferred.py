@@ -47,7 +47,9 @@ def build_deferred(build):
     """A model on meta, and what `draw` has to do to it: (model, draws).
 
     A model that does not fill each of its tensors in place and from scratch,
-    as `torch.nn.init` does, is built as usual, with its numbers: (model, None).
+    as normal_, uniform_, ones_ and zeros_ of `torch.nn.init` do, is built as
+    usual, with its numbers: (model, None). What a function does that looks at
+    the numbers while it draws, as trunc_normal_, cannot be written down.
 
     Args:
         build: makes the model.
@@ -58,8 +60,9 @@ def build_deferred(build):
     draws, filled = [], set()
     for key, notes in groupby(found.notes, lambda note: id(note[0])):
         notes = list(notes)
-        tensor, first = notes[0][:2]
-        if tensor._is_view() or first._overloadpacket not in FILLS:
+        tensor, functions = notes[0][0], {note[1] for note in notes}
+        fills = {function._overloadpacket for function in functions} <= FILLS
+        if tensor._is_view() or not fills:
             return build(), None
         draws.append((names.get(key), tensor, [note[1:] for note in notes]))
         filled.add(key)
