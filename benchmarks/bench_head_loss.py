@@ -1,4 +1,4 @@
-"""Peak memory and time of the head loss, with and without the full logits.
+"""Peak memory and time of the head loss: all logits, PyTorch's chunks, our tiles.
 
     python benchmarks/bench_head_loss.py [--rows 2048]
 
@@ -25,6 +25,16 @@ def plain(hidden, weight, targets):
     return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
 
+def chunks(hidden, weight, targets):
+    """PyTorch's own loss in chunks of rows, with its defaults."""
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn import functional as F
+
+    return F.linear_cross_entropy(
+        hidden, weight, targets, options=LinearCrossEntropyOptions()
+    )
+
+
 def measure(name, dtype, rows):
     """Print the loss, the seconds and the growth of the peak, as JSON."""
     import psutil
@@ -34,7 +44,7 @@ def measure(name, dtype, rows):
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    loss_of = {"plain": plain, "ours": head_loss}[name]
+    loss_of = {"plain": plain, "torch": chunks, "ours": head_loss}[name]
     dtype = getattr(torch, dtype)
     hidden = torch.randn(rows, D, dtype=dtype, requires_grad=True)
     weight = (0.1 * torch.randn(V, D)).to(dtype).requires_grad_()
@@ -76,7 +86,7 @@ def main():
 
     results = {}
     for dtype in ("float32", "bfloat16"):
-        for name in ("plain", "ours"):
+        for name in ("plain", "torch", "ours"):
             found = child(name, dtype, args.rows)
             results[f"{name} {dtype}"] = found
             print(f"{name} {dtype}: {found}", flush=True)
