@@ -121,7 +121,12 @@ def source_of(value):
     if not inspect.isclass(value):
         return inspect.getsource(value)
     methods = [getattr(v, "__func__", v) for v in vars(value).values()]
-    method = next(filter(inspect.isfunction, methods))
+    own = f"{value.__qualname__}."  # others may be borrowed from elsewhere
+    method = next(
+        m
+        for m in methods
+        if inspect.isfunction(m) and m.__qualname__.startswith(own)
+    )
     text = "".join(inspect.findsource(method)[0])
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ClassDef) and node.name == value.__name__:

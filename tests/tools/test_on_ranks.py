@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama_tut.tools.on_ranks import on_ranks, script_of
+from llama_tut.tools.on_ranks import on_ranks, script_of, source_of
 
 SHARE = {"factor": 10}
 rank = torch.zeros(3)  # names that are local below, or attributes, stay here
@@ -44,6 +44,19 @@ def total():
 
 def fails():
     raise SystemExit(3 * (os.environ["RANK"] == "1"))
+
+
+class Borrows:
+    """Its first function belongs to another place."""
+
+    share = staticmethod(share)
+
+    def own(self):
+        return 1
+
+
+def test_a_class_that_borrows_a_function_is_found():
+    assert source_of(Borrows).startswith("class Borrows:")
 
 
 def test_each_rank_returns_its_own_result():
