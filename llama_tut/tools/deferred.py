@@ -47,9 +47,9 @@ def build_deferred(build):
     """A model on meta, and what `draw` has to do to it: (model, draws).
 
     A model that does not fill each of its tensors in place and from scratch,
-    as normal_, uniform_, ones_ and zeros_ of `torch.nn.init` do, is built as
+    as `torch.nn.init.normal_` and its sisters do, is built as
     usual, with its numbers: (model, None). What a function does that looks at
-    the numbers while it draws, as trunc_normal_, cannot be written down.
+    the numbers while it draws, as `trunc_normal_`, cannot be written down.
 
     Args:
         build: makes the model.
