@@ -238,7 +238,7 @@ LARGE_VOCABULARY = 65_536
 
 
 def speed_up(model, device=None, dtype=None):
-    """Swap in, from outside, what was measured to be faster; same results.
+    """Swap in, from outside, what was measured to pay; same results.
 
     - CPU, bfloat16: attention in blocks, loss in tiles.
     - CPU, float32: nothing; PyTorch's own is faster.
