@@ -219,7 +219,7 @@ def train_here(monkeypatch, capsys, options):
         ({"sequence_length": 4096, "tokens_per_step": 8192}, "take more text"),
         ({"choice": 9}, "--choice takes rows of 60 tokens"),
         ({"parallel": "zero"}, "invalid choice"),
-        ({"tensor_parallel": 0}, "--tensor-parallel 0 does not divide the 1"),
+        ({"tensor_parallel": 0}, "--tensor-parallel 0 must be at least 1"),
         ({"tensor_parallel": 2}, "--tensor-parallel 2 does not divide the 1"),
         ({"choice": 9, "sequence_length": 64}, "only 0 such items"),
         ({"resume": True, "out": "FILE"}, "File exists"),

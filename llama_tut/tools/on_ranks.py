@@ -46,7 +46,8 @@ def on_ranks(world_size, function):
             result = f"{folder}/{rank}"
             ranks.append(
                 context.Process(
-                    target=run_script, args=(script, result, group | own)
+                    target=run_script,
+                    args=(script, result, {**os.environ, **group, **own}),
                 )
             )
         with no_main_module():
