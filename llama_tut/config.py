@@ -9,7 +9,7 @@ import dataclasses
 
 from llama_tut.tools.files import InputError, require
 
-# A config that cannot be wrong in silence
+# A config that is checked
 
 
 def check_number(name, value, whole=False):
