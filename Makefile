@@ -1,8 +1,7 @@
 # The verbs of the project. `make help` lists them.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
-# More than the cores: some tests wait for processes that they started.
-JOBS ?= 3
+JOBS ?= 2
 # Files of tests that `make quick` leaves out: they take more than ten seconds.
 SLOW := training_cli hellaswag gpu_benchmark distributed weights book gpt2 \
   address mutants pretraining fast_generation exercises read_alike scaling moe multimodal
