@@ -213,6 +213,39 @@ def vocabulary_loss(hidden, weight, targets, mesh):
     return (losses * counts).sum() / counts.sum()
 
 
+def cut(model, mesh):
+    """Tensor parallelism, in place: each rank has slices of all matrices.
+
+    Call it before `shard`. All ranks of `mesh` must read the same rows.
+
+    Args:
+        model: a LLaMA with dense MLPs; `compute_loss` and `head` are swapped.
+        mesh: one axis of a DeviceMesh.
+
+    Raises:
+        InputError: heads, kv heads or width cannot be divided by the ranks.
+    """
+    check_cut(model, mesh.size())
+    columns, rows = ColwiseParallel(), RowwiseParallel()
+    plan = {"self_attn": once(5), "mlp": once(1)}
+    plan |= {f"self_attn.{name}_proj": columns for name in "qkv"}
+    plan |= {f"mlp.{name}_proj": columns for name in ("gate", "up")}
+    plan |= {"self_attn.o_proj": rows, "mlp.down_proj": rows}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+        replicate(layer.input_layernorm, mesh)
+        replicate(layer.post_attention_layernorm, mesh)
+    replicate(model.model.norm, mesh)
+    words = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+    if model.lm_head is not None:
+        words["lm_head"] = columns
+    parallelize_module(model, mesh, words)
+    model.compute_loss = partial(vocabulary_loss, mesh=mesh)
+    model.head = partial(whole_logits, model, mesh)
+    model.model.register_forward_pre_hook(refuse_generation, with_kwargs=True)
+    return model
+
+
 def replicate(module, mesh):
     """Make a module's parameters DTensors of which each rank has all."""
 
@@ -254,6 +287,9 @@ def check_cut(model, W):
     check_divisible(model.config, W)
 
 
+# Both at once: a mesh of two axes
+
+
 def build_mesh(device_type, world_size, tensor_parallel=1):
     """The ranks as an array with the axes dp and tp, tp neighbours.
 
@@ -271,39 +307,6 @@ def build_mesh(device_type, world_size, tensor_parallel=1):
     quiet.setLevel(logging.ERROR)
     names = ("dp", "tp")
     return init_device_mesh(device_type, (W // tp, tp), mesh_dim_names=names)
-
-
-def cut(model, mesh):
-    """Tensor parallelism, in place: each rank has slices of all matrices.
-
-    Call it before `shard`. All ranks of `mesh` must read the same rows.
-
-    Args:
-        model: a LLaMA with dense MLPs; `compute_loss` and `head` are swapped.
-        mesh: one axis of a DeviceMesh.
-
-    Raises:
-        InputError: heads, kv heads or width cannot be divided by the ranks.
-    """
-    check_cut(model, mesh.size())
-    columns, rows = ColwiseParallel(), RowwiseParallel()
-    plan = {"self_attn": once(5), "mlp": once(1)}
-    plan |= {f"self_attn.{name}_proj": columns for name in "qkv"}
-    plan |= {f"mlp.{name}_proj": columns for name in ("gate", "up")}
-    plan |= {"self_attn.o_proj": rows, "mlp.down_proj": rows}
-    for layer in model.model.layers:
-        parallelize_module(layer, mesh, plan)
-        replicate(layer.input_layernorm, mesh)
-        replicate(layer.post_attention_layernorm, mesh)
-    replicate(model.model.norm, mesh)
-    words = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
-    if model.lm_head is not None:
-        words["lm_head"] = columns
-    parallelize_module(model, mesh, words)
-    model.compute_loss = partial(vocabulary_loss, mesh=mesh)
-    model.head = partial(whole_logits, model, mesh)
-    model.model.register_forward_pre_hook(refuse_generation, with_kwargs=True)
-    return model
 
 
 # The trainer takes it from outside
