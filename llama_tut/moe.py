@@ -146,12 +146,12 @@ class SortedExperts(Experts):
 
     def forward(self, x, chosen, weights):
         """x [N, D], chosen and weights [N, k] -> [N, D]."""
+        N, k = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # [R], by expert
-        token = order // chosen.shape[1]  # [R]: whose row it is
-        load = count_rows(chosen, self.E)  # [E]
-        y = self.of_sorted(x[token], load)  # [R, D]
-        y = y * weights.flatten()[order, None]  # [R, D]
-        return torch.zeros_like(x).index_add(0, token, y.to(x.dtype))
+        rows = x[:, None].expand(N, k, -1).flatten(0, 1)  # [R, D], by token
+        y = self.of_sorted(rows[order], count_rows(chosen, self.E))  # [R, D]
+        y = y[order.argsort()].view(N, k, -1)  # [N, k, D], by token again
+        return (y * weights[..., None]).sum(1).to(x.dtype)  # [N, D]
 
     def of_sorted(self, rows, load):
         """Rows [R, D] sorted by expert, and how many each gets, [E]."""

@@ -531,3 +531,25 @@ def test_resumes_exactly_and_transformers_reads_the_folder(
     code, _, err = call("--experts-per-token", 5)
     assert code == 2 and err.count("\n") == 1
     assert "--experts-per-token was 2, now it is 5; give the old" in err
+
+
+def test_equal_runs_are_equal_in_every_bit_on_many_threads():
+    """No two rows are added in one place by two threads."""
+    torch.manual_seed(0)
+    fine = {"experts": 32, "experts_per_token": 7, "shared_experts": 1}
+    shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
+    model = MoEForCausalLM(MoEConfig(**shape, mlp="deepseek", **fine))
+    ids = torch.randint(256, (8, 129))
+
+    def gradient():
+        model.zero_grad()
+        model(ids[:, :-1], targets=ids[:, 1:]).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = gradient()
+        assert all(gradient().equal(first) for _ in range(10))
+    finally:
+        torch.set_num_threads(before)

@@ -11,7 +11,7 @@ from llama_tut.tools.options import check_choices, flag
 
 @dataclass(frozen=True)
 class MoeOptions:
-    """What scripts/train.py can be told about experts."""
+    """experts in place of each MLP (chapter 26)"""
 
     mlp: Literal["dense", "mixtral", "deepseek"] = option("dense", "which MLP")
     experts: int = option(8, "E, experts of a layer")
@@ -84,7 +84,7 @@ class MoEConfig(MoeOptions, LlamaConfig):
         dense MLP of `intermediate_size` keeps; chapter 26 measures it."""
         a, D, k = dtype.itemsize, self.hidden_size, self.experts_per_token
         wider = self.experts_of_a_token * self.expert_size
-        rows = k * ((2 * a + 4) * D + 32)  # of sorted rows, and their places
+        rows = k * (2 * a * D + 32)  # sorted and unsorted, and their places
         router = 4 * self.experts + (4 - a) * D  # in float32
         return 4 * a * (wider - self.intermediate_size) + rows + router
 

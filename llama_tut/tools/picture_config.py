@@ -11,7 +11,7 @@ from llama_tut.tools.files import InputError, read_json, require, write_json
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """Reading pictures (chapter 27)."""
+    """reading pictures (chapter 27)"""
 
     text_model: str = option(
         "", "model to which an encoder is added: a folder"
