@@ -19,7 +19,7 @@ help: ## list the targets
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test,fast]'
 	@touch $@
 
 train: .venv ## prepare text, pretrain a small LLaMA on two ranks, show what it learned
@@ -64,6 +64,7 @@ bench: .venv ## speed and memory beside transformers and the harness's way; writ
 	@$(PY) benchmarks/bench_hellaswag.py speed $(if $(LLAMA_TUT_DATA),--limit 512 --file $(LLAMA_TUT_DATA)/hellaswag_val.jsonl)
 	@$(PY) benchmarks/bench_generate.py --compiled
 	@$(PY) benchmarks/bench_loading.py
+	@$(PY) benchmarks/bench_tokens.py
 
 data/docs/dataset.json: | .venv
 	@$(PY) scripts/prepare.py --corpus docs --vocab-size 2048 --out data/docs

@@ -51,9 +51,9 @@ def test_conda_reads_the_same_files():
     env = yaml.safe_load((ROOT / "environment.yml").read_text())
     python, _, pip = env["dependencies"]
     assert PROJECT["requires-python"] == f">={python.removeprefix('python=')}"
-    assert pip == {"pip": ["-c constraints.txt", "-e .[book,test]"]}
+    assert pip == {"pip": ["-c constraints.txt", "-e .[book,test,fast]"]}
 
 
 def test_make_installs_from_the_same_files():
     makefile = (ROOT / "Makefile").read_text()
-    assert "-c constraints.txt -e '.[book,test]'" in makefile
+    assert "-c constraints.txt -e '.[book,test,fast]'" in makefile

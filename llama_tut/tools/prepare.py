@@ -155,7 +155,7 @@ def make_tokenizer(settings, corpus, folder):
     return tokenizer, size
 
 
-def fill_folder(folder, settings, corpus, processes):
+def fill_folder(folder, settings, corpus):
     """Write tokenizer and shards, or what is left of them.
 
     Returns:
@@ -169,11 +169,10 @@ def fill_folder(folder, settings, corpus, processes):
         ShardWriter(folder, split, settings.shard_tokens, **header)
         for split in ("train", "val")
     ]
-    fast = load_tiktoken() if settings.tokenizer == "gpt2" else None
     write_shards(
         corpus,
         writers,
-        Encoder(tokenizer, fast, processes),
+        Encoder(tokenizer),
         separator,
         settings.max_tokens,
         folder / PROGRESS,
@@ -235,7 +234,7 @@ def prepare(corpus, out, processes=None, text_column=None, **options):
         InputError: input that cannot be used, or a full disk.
     """
     settings, out = Settings(**options), Path(os.path.realpath(out))
-    if processes:  # read when `tokenizers` starts its threads
+    if processes:  # read when the tokenizer starts its threads
         os.environ["RAYON_NUM_THREADS"] = str(processes)
     processes = processes or core_count()
     with system_errors(out):
@@ -252,7 +251,7 @@ def prepare(corpus, out, processes=None, text_column=None, **options):
                 check_folder(out)
                 begin(out, key)
                 try:
-                    known = fill_folder(out, settings, text, processes)
+                    known = fill_folder(out, settings, text)
                     describe(out, settings, corpus, key, known)
                 except InputError:
                     if not (out / PROGRESS).exists():  # no hours are lost

@@ -4,8 +4,6 @@ import itertools
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -223,37 +221,46 @@ def separator_id(folder, tokenizer):
     raise InputError(f"{folder}: this tokenizer has no end-of-text token")
 
 
+def fast_twin(tokenizer):
+    """The same tokenizer in the package fastokens, some ten times as fast.
+
+    Returns:
+        None where the package is not installed, does not know this kind of
+        tokenizer, or gives other ids for a text that is hard to cut.
+    """
+    try:
+        import fastokens
+
+        twin = fastokens.Tokenizer.from_json_str(tokenizer.to_str())
+    except Exception:  # whatever its parser raises: the other one is right
+        return None
+    hard = f" I'll  see\n\n\tNaïve 42²日本 ــ {END_OF_TEXT}_\u200d👩‍👧 \r\n  "
+    wanted = tokenizer.encode(hard, add_special_tokens=False).ids
+    return twin if encode_flat(twin, [hard])[0].tolist() == wanted else None
+
+
+def encode_flat(twin, texts):
+    """Texts -> a list of arrays, uint32, from one buffer of fastokens."""
+    # A special token that a document spells stays text.
+    ids, ends = twin.encode_batch_flat(texts, split_special_tokens=True)
+    ids, ends = np.frombuffer(ids, np.uint32), np.frombuffer(ends, np.uint64)
+    return [ids[first:last] for first, last in itertools.pairwise(ends)]
+
+
 class Encoder:
-    """Texts -> ids, many texts at a time, on several threads.
+    """Texts -> ids, many texts at a time, on RAYON_NUM_THREADS threads.
 
     Args:
-        tokenizer: a `tokenizers` object, as `read_tokenizer` gives it. It
-            uses RAYON_NUM_THREADS threads, or one for each processor.
-        tiktoken: an encoding with the same ids, to be used in its place; it
-            takes less than half the time.
-        threads: of tiktoken.
+        tokenizer: a `tokenizers` object, as `read_tokenizer` gives it.
     """
 
-    def __init__(self, tokenizer, tiktoken=None, threads=1):
-        self.tokenizer, self.tiktoken = tokenizer, tiktoken
-        self.threads = threads
-        self.pool = ThreadPoolExecutor(threads)
+    def __init__(self, tokenizer):
+        self.tokenizer, self.twin = tokenizer, fast_twin(tokenizer)
 
     def __call__(self, texts):
         """A list of texts -> a list of arrays, uint32."""
-        if self.tiktoken:
-            # A share for each thread: a task for each text would cost more
-            # than encoding it.
-            share = -(-len(texts) // self.threads) or 1
-            shares = (
-                texts[n : n + share] for n in range(0, len(texts), share)
-            )
-            # A special token that a document spells stays text.
-            encode = partial(
-                self.tiktoken.encode_to_numpy, disallowed_special=()
-            )
-            found = self.pool.map(lambda s: list(map(encode, s)), shares)
-            return list(itertools.chain.from_iterable(found))
+        if self.twin is not None:
+            return encode_flat(self.twin, texts)
         encode = self.tokenizer.encode_batch_fast
         found = encode(texts, add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in found]
