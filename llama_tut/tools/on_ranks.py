@@ -71,6 +71,7 @@ if "forkserver" in multiprocessing.get_all_start_methods():
             "torch.distributed.fsdp",
             "torch.distributed.tensor.parallel",
             "torch.distributed.checkpoint.state_dict",
+            "torch._dynamo",  # every optimizer imports it
         ]
     )
 
