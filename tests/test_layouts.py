@@ -6,8 +6,6 @@ several runs after another. The tests look at what they left.
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from training_setup import (
     OPTIONS,
-    ROOT,
     finish,
     kill_when,
     losses,
@@ -27,6 +24,7 @@ from llama_tut.checkpoint import latest_checkpoint, verify_checkpoint
 from llama_tut.parallel import ParallelLayout
 from llama_tut.pretraining import train
 from llama_tut.tools.files import InputError
+from llama_tut.tools.on_ranks import on_ranks
 from llama_tut.tools.options import configure, extra_options
 from llama_tut.tools.parallel_config import ParallelOptions, check_layout
 from llama_tut.tools.ranks import Ranks
@@ -36,71 +34,68 @@ pytestmark = pytest.mark.slow
 
 COMMON = OPTIONS | {"steps": 8, "checkpoint_every": 4, "keep_checkpoints": 9}
 
-JOB = """
-import json, shutil, sys
-from pathlib import Path
-import torch
-from llama_tut import pretraining
-from llama_tut.model import LlamaForCausalLM
-from llama_tut.parallel import ParallelLayout
-from llama_tut.tools.files import InputError
-from llama_tut.tools.options import configure, llama_config
-from llama_tut.tools.parallel_config import ParallelOptions
-from llama_tut.tools.ranks import start, stop, wait_for_all
 
-out, common, runs = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
-ranks = start("cpu")
-pretraining.start = lambda device: ranks  # one group for all runs
-pretraining.stop = lambda: None
+def make_runs():
+    """On every rank: make the runs of $JOB; what was refused, by name."""
+    import json
+    import os
+    import shutil
+    from pathlib import Path
 
-class Crash(Exception):
-    pass
+    import torch
 
-def crashing(config, info):
-    class Model(LlamaForCausalLM):
-        passes = 0
+    from llama_tut import pretraining
+    from llama_tut.model import LlamaForCausalLM
+    from llama_tut.parallel import ParallelLayout
+    from llama_tut.tools.files import InputError
+    from llama_tut.tools.options import configure, llama_config
+    from llama_tut.tools.parallel_config import ParallelOptions
+    from llama_tut.tools.ranks import start, stop, wait_for_all
 
-        def forward(self, *args, **kwargs):
-            self.passes += self.training and torch.is_grad_enabled()
-            if self.passes == 22:
-                raise Crash
-            return super().forward(*args, **kwargs)
+    folder, common, runs = json.loads(os.environ["JOB"])
+    out, ranks = Path(folder), start("cpu")
+    pretraining.start = lambda device: ranks  # one group for all runs
+    pretraining.stop = lambda: None
 
-    return Model(llama_config(config, info))
+    class Crash(Exception):
+        pass
 
-said = {}
-for name, changes in runs.items():
-    came_from, crash = changes.pop("from", None), changes.pop("crash", False)
-    if came_from and ranks.rank == 0:  # resume at step 4 what another ran
-        shutil.copytree(out / came_from, out / name)
-        shutil.rmtree(out / name / "checkpoints" / "step_00000008")
-    wait_for_all(ranks)
-    options = common | {"out": str(out / name.split("+")[0])} | changes
-    config = configure(options, [ParallelOptions])
-    build = crashing if crash else pretraining.build_llama
-    try:
-        pretraining.train(config, build, build_layout=ParallelLayout)
-    except (InputError, Crash) as error:
-        said[name] = str(error)
-if ranks.rank == 0:
-    (out / f"said_{ranks.world_size}.json").write_text(json.dumps(said))
-stop()
-"""
+    def crashing(config, info):
+        class Model(LlamaForCausalLM):
+            passes = 0
+
+            def forward(self, *args, **kwargs):
+                self.passes += self.training and torch.is_grad_enabled()
+                if self.passes == 22:
+                    raise Crash
+                return super().forward(*args, **kwargs)
+
+        return Model(llama_config(config, info))
+
+    said = {}
+    for name, changes in runs.items():
+        came_from, crash = changes.pop("from", None), changes.pop("crash", 0)
+        if came_from and ranks.rank == 0:  # resume at step 4 another's run
+            shutil.copytree(out / came_from, out / name)
+            shutil.rmtree(out / name / "checkpoints" / "step_00000008")
+        wait_for_all(ranks)
+        options = common | {"out": str(out / name.split("+")[0])} | changes
+        config = configure(options, [ParallelOptions])
+        build = crashing if crash else pretraining.build_llama
+        try:
+            pretraining.train(config, build, build_layout=ParallelLayout)
+        except (InputError, Crash) as error:
+            said[name] = str(error)
+    stop()
+    return said
 
 
 def run_job(ranks, out, runs, data):
     """Make runs {name: options} on real ranks; what was refused, by name."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
-    (out / "job.py").write_text(JOB)
     common = COMMON | {"data": str(data)}
-    command += [str(out / "job.py"), str(out)]
-    command += [json.dumps(common), json.dumps(runs)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads((out / f"said_{ranks}.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JOB", json.dumps([str(out), common, runs]))
+        return on_ranks(ranks, make_runs)[0]
 
 
 @pytest.fixture(scope="module")
