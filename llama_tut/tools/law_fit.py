@@ -2,7 +2,6 @@
 
 import numpy as np
 from scipy.optimize import least_squares
-from scipy.special import logsumexp, softmax
 
 DELTA = 1e-3  # where Huber's loss turns straight, of Hoffmann et al.
 
@@ -23,7 +22,8 @@ def descend(start, log_n, log_d, log_loss, free):
 
     With ln floor, ln a and ln b as unknowns all three stay positive, and the
     logarithm of the loss is the logsumexp of the three terms. Its derivative
-    is a softmax: the share of each term in the loss.
+    is a softmax: the share of each term in the loss. (`scipy.special` has
+    both, but needs more time to look at its arguments than for the sums.)
 
     Args:
         start: [5]; free: which of its numbers may move.
@@ -35,10 +35,12 @@ def descend(start, log_n, log_d, log_loss, free):
         return theta
 
     def residuals(x):
-        return logsumexp(law_terms(whole(x), log_n, log_d), 0) - log_loss
+        terms = law_terms(whole(x), log_n, log_d)
+        return np.logaddexp.reduce(terms, 0) - log_loss
 
     def slopes(x):
-        e, a, b = softmax(law_terms(whole(x), log_n, log_d), 0)
+        terms = law_terms(whole(x), log_n, log_d)
+        e, a, b = np.exp(terms - np.logaddexp.reduce(terms, 0))
         return np.stack((e, a, b, -a * log_n, -b * log_d), 1)[:, free]
 
     x = np.array(start)[free]
