@@ -280,7 +280,8 @@ def training(part):
 
 def shapes(part):
     """350M and a 1B shape, each as `speed_up` leaves it on a GPU or not."""
-    for name in ("350m", "1b"):
+    names = ("1b",) if part.tiny else ("350m", "1b")  # tiny: one size
+    for name in names:
         for how in ("plain", "loss by tiles", "compiled"):
             part.attempt(
                 f"{name} {how}",
