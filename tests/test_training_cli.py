@@ -44,25 +44,29 @@ def same_run(one, other):
     assert a == pytest.approx(b, abs=1e-5)
 
 
-def test_four_ranks_do_not_change_the_losses(data, unbroken, tmp_path):
-    options = {"data": data, "out": tmp_path / "run", **OPTIONS}
-    code, out, err = finish(start(options, 4))
-    assert (code, err) == (0, ""), err
-    same_run(tmp_path / "run", unbroken)
+@pytest.fixture(scope="module")
+def two_machines(data, tmp_path_factory):
+    """A run of two ranks, its folder and what the machines said.
 
-
-def test_two_machines(data, unbroken, tmp_path):
-    """Both on this one: a torchrun each, joined over a port; two ranks."""
+    Both machines are this one: a torchrun each, joined over a port.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    options = {"data": data, "out": tmp_path / "run", **OPTIONS}
+    out = tmp_path_factory.mktemp("runs") / "two_machines"
+    options = {"data": data, "out": out, **OPTIONS, "micro_batch_size": 1}
     nodes = [start(options, 1, NODE_RANK=str(i), **where) for i in (0, 1)]
     ends = [finish(node) for node in nodes]
     assert [(code, err) for code, _, err in ends] == 2 * [(0, "")]
-    assert "step 16: validation" in ends[0][1] and ends[1][1] == ""
-    same_run(tmp_path / "run", unbroken)
+    return out, [said for _, said, _ in ends]
+
+
+def test_two_machines_do_not_change_the_losses(two_machines, unbroken):
+    """Nor does the micro batch. Four ranks: tests/test_layouts.py."""
+    out, said = two_machines
+    assert "step 16: validation" in said[0] and said[1] == ""
+    same_run(out, unbroken)
 
 
 def stub(folder, name, text):
@@ -85,13 +89,13 @@ def test_slurm_example(data, tmp_path):
         "SLURM_NNODES": "1",
         "SLURM_NODEID": "0",
     }
-    process = start(options, 2, "train_slurm.sh", **environment)
+    process = start(options, 1, "train_slurm.sh", **environment)
     code, out, err = finish(process)
     assert (code, err) == (0, "") and "starting at step 0" in out
     assert (tmp_path / "said").read_text() == "show hostnames here\n"
     stub(tmp_path, "srun", "exit 0")  # stopped by SIGTERM before the end
     options["out"] = tmp_path / "other"
-    code, _, _ = finish(start(options, 2, "train_slurm.sh", **environment))
+    code, _, _ = finish(start(options, 1, "train_slurm.sh", **environment))
     assert code == 0
     assert (tmp_path / "said").read_text().endswith("requeue 7\n")
 
@@ -105,12 +109,9 @@ def killed(data, tmp_path_factory):
     return options
 
 
-def test_kill_twice_and_resume_bit_for_bit(killed, unbroken, tmp_path):
+def test_kill_twice_and_resume_bit_for_bit(killed, two_machines, tmp_path):
     """Also across an epoch's end."""
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    code, _, err = finish(start({**killed, "out": whole}, 2))
-    assert code == 0, err
-    same_run(whole, unbroken)  # two ranks as one, any micro batch
+    whole, out = two_machines[0], tmp_path / "run"
     shutil.copytree(killed["out"], out)
     options = {**killed, "out": out, "resume": True}
     process = start(options, 2)
@@ -124,9 +125,24 @@ def test_kill_twice_and_resume_bit_for_bit(killed, unbroken, tmp_path):
     assert text == (out / "model" / "model.safetensors").read_bytes()
 
 
-def test_resume_on_another_number_of_ranks(killed, unbroken, tmp_path):
+def train_here(monkeypatch, capsys, options):
+    """Run scripts/train.py in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(options)])
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    return code, *capsys.readouterr()
+
+
+def test_resume_on_another_number_of_ranks(
+    killed, unbroken, tmp_path, monkeypatch, capsys
+):
     out = shutil.copytree(killed["out"], tmp_path / "run")
-    code, _, err = finish(start({"out": out, "resume": True}))
+    options = {"out": out, "resume": True}
+    code, _, err = train_here(monkeypatch, capsys, options)
     assert (code, err) == (0, "")
     same_run(out, unbroken)
 
@@ -140,7 +156,7 @@ def test_sigterm_saves_and_a_second_start_is_refused(
     process = start(options, 2)
     wait_for_step(process, out, 3)
     again = {**options, "resume": True}
-    code, err = train_here(monkeypatch, capsys, again)
+    code, _, err = train_here(monkeypatch, capsys, again)
     assert code == 2 and "in use" in err
     assert len(err.splitlines()) == 1
     process.terminate()
@@ -184,18 +200,6 @@ def test_bad_input_under_torchrun_is_one_line(data, tmp_path):
     assert len(err.splitlines()) == 1
 
 
-def train_here(monkeypatch, capsys, options):
-    """Run scripts/train.py in this process: (exit code, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(options)])
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    try:
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    return code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -232,7 +236,7 @@ def test_bad_input_is_one_line(
     (tmp_path / "FILE").touch()
     options = {"data": data, "out": "run", **OPTIONS, **changes}
     monkeypatch.chdir(tmp_path)
-    code, err = train_here(monkeypatch, capsys, options)
+    code, _, err = train_here(monkeypatch, capsys, options)
     assert code == 2 and words in err
     assert err.startswith("error: ") and len(err.splitlines()) == 1
     left = {path.name for path in tmp_path.rglob("*")} - {".lock", "run"}
@@ -251,13 +255,13 @@ def test_damaged_shard_is_one_line(data, tmp_path, monkeypatch, capsys, how):
     if how == "missing":
         shard.unlink()
     options = {"data": copy, "out": tmp_path / "run", **OPTIONS}
-    code, err = train_here(monkeypatch, capsys, options)
+    code, _, err = train_here(monkeypatch, capsys, options)
     assert code == 2 and len(err.splitlines()) == 1 and str(shard) in err
 
 
 def test_llama3_8b_says_what_is_lacking(data, tmp_path, monkeypatch, capsys):
     options = {"data": data, "out": tmp_path / "run", "preset": "llama3-8b"}
-    code, err = train_here(
+    code, _, err = train_here(
         monkeypatch, capsys, {**options, "device": "cpu", "vocab_size": 128256}
     )
     assert code == 2 and len(err.splitlines()) == 1
@@ -270,12 +274,12 @@ def test_start_into_a_finished_run_needs_resume(
 ):
     before = (unbroken / "metrics.jsonl").read_bytes()
     options = {"data": data, "out": unbroken, **OPTIONS}
-    code, err = train_here(monkeypatch, capsys, options)
+    code, _, err = train_here(monkeypatch, capsys, options)
     assert code == 2 and "--resume" in err and len(err.splitlines()) == 1
     assert (unbroken / "metrics.jsonl").read_bytes() == before
 
 
-def test_full_disk_is_one_line(data, tmp_path):
+def test_full_disk_is_one_line(data, tmp_path, monkeypatch, capsys):
     """A small file system of its own, where the test may make one."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -290,7 +294,8 @@ def test_full_disk_is_one_line(data, tmp_path):
         left = sorted((disk / "run" / "checkpoints").iterdir())
         assert left and not any(p.name.startswith(".") for p in left)
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
-        code, said, err = finish(start({**options, "resume": True}))
+        again = {**options, "resume": True}
+        code, said, err = train_here(monkeypatch, capsys, again)
         assert (code, err) == (0, "")
         assert f"resumed at step {int(left[-1].name[5:])}" in said
     finally:
