@@ -172,6 +172,19 @@ def test_near_the_formula_of_make_train(gpus, tp, again, B, plain):
     assert 0.97 < sum(parts.values()) / planned < 1.25
 
 
+@pytest.mark.parametrize("V", [256, 16_384])
+def test_what_is_whole_at_the_peak(V):
+    """Chapter 24: the larger of 3 r + 10 l and 6 r, with hardly a token."""
+    config = LlamaConfig(V, 256, 704, 6, 4, 4)
+    timeline = rehearse(config, Setup(8, 1, 4, 1)).ledger.timeline
+    pieces = ("parameters", "optimizer", "gradients")
+    whole = max(a.total() - sum(a[p] for p in pieces) for a in timeline)
+    root = 2 * V * 256 + 256
+    layer = (parameter_count(config) - root) / 6
+    expected = max(3 * root + 10 * layer, 6 * root)
+    assert expected <= whole < 1.03 * expected
+
+
 def test_messages_of_tensor_parallel():
     """2L all-reduces forward and backward, and few of the vocabulary."""
     counts = []
