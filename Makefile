@@ -72,8 +72,9 @@ data/docs/dataset.json: | .venv
 ablation: data/docs/dataset.json ## chapter 22's runs: GPT-2 to LLaMA, optimizers (an hour; resumable)
 	@$(PY) benchmarks/ablation.py
 
-scaling: data/docs/dataset.json ## chapter 23's runs: sizes and budgets (an hour; resumable)
+scaling: data/docs/dataset.json ## chapter 23's runs: sizes and budgets (two hours; resumable)
 	@$(PY) benchmarks/scaling.py
+	@$(PY) benchmarks/tenfold.py
 
 moe: data/docs/dataset.json ## chapter 26's runs: dense and mixtures of experts (half an hour; resumable)
 	@$(PY) benchmarks/moe.py
