@@ -1,43 +1,48 @@
-"""Training speed: one switch per row, and beside transformers' LlamaForCausalLM.
+"""Training speed: one switch per row, and beside transformers and litgpt.
 
-    python benchmarks/bench_train.py [--rounds 9] [--threads 1] [--ladder]
+    python benchmarks/bench_train.py [--part ladder] [--shape large]
+        [--litgpt FOLDER] [--rounds 9] [--threads 1]
 
-One shape (V 4096, D 256, 6 layers, 8 heads, 4 kv heads, MLP 768), T 256, B 16,
-AdamW (fused) and clipping. In every round each contender takes one step in the
-same process; a ratio is that of the medians. The ladder goes from plain eager
-float32 to everything that chapter 19 has, one switch per row. Then ours, as
-`speed_up` leaves it, beside transformers in float32 and bfloat16 autocast,
-eager and compiled; transformers runs as it comes, with PyTorch's attention
-kernel, and its plain "eager" attention, which compiles better in bfloat16 on
-some CPUs, runs beside it. Writes benchmarks/results/train_speed.json; with
---ladder only that part of it.
+AdamW (fused) and clipping; random tokens. In every round each contender takes
+one step in the same process; a ratio is that of the medians. The ladder goes
+from plain eager float32 to everything that chapter 19 has, one switch per row.
+The peers are ours, as `speed_up` leaves it, beside transformers with each of
+its attentions that a CPU can train ("sdpa" is the default), and beside litgpt
+where a folder has it, all from the same weights, in float32 and bfloat16
+autocast, eager and compiled. litgpt 0.5.13 wants packages that this project
+does not; it goes into a folder of its own, and only this script reads it:
+
+    pip install --no-deps --target FOLDER litgpt==0.5.13 lightning \\
+        lightning-utilities torchmetrics jsonargparse
+
+Writes benchmarks/results/train_speed.json (ladder) and train_peers.json, each
+shape under its name.
 """
 
-import argparse
 import statistics
+import sys
 import time
+import types
+from pathlib import Path
 
 import torch
 import transformers
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 
 from llama_tut.attention import LlamaAttention
 from llama_tut.config import LlamaConfig
 from llama_tut.fast.training import blocked_attention, head_loss, speed_up
 from llama_tut.model import LlamaForCausalLM
+from llama_tut.tools import cli
 from llama_tut.tools.files import read_json
 from llama_tut.tools.machine import RESULTS, write_result
 
-B, T = 16, 256
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=T,
-)
+# B, T, and the model.
+SHAPES = {
+    "small": (16, 256, LlamaConfig(4096, 256, 768, 6, 8, 4)),
+    "large": (2, 1024, LlamaConfig(32_000, 512, 1536, 6, 8, 4)),
+}
 # (row, which model, dtype, compiled): each switches one thing on.
 LADDER = [
     ("plain, float32", "plain", "float32", False),
@@ -57,13 +62,76 @@ def their_loss(call, x, y):
     return call(input_ids=x, labels=y, shift_labels=y).loss
 
 
-def build(kind, dtype):
-    """A model of one kind, and how to ask it for the loss."""
+def litgpt_loss(call, x, y):
+    return F.cross_entropy(call(x).flatten(0, 1), y.flatten())
+
+
+def build_litgpt(config, T, weights):
+    """litgpt's model with our weights; its folder is on sys.path."""
+    from litgpt.config import Config
+    from litgpt.model import GPT
+
+    c = config
+    model = GPT(
+        Config(
+            name="as ours",
+            block_size=T,
+            vocab_size=c.vocab_size,
+            padded_vocab_size=c.vocab_size,
+            n_layer=c.num_hidden_layers,
+            n_head=c.num_attention_heads,
+            n_query_groups=c.num_key_value_heads,
+            n_embd=c.hidden_size,
+            head_size=c.head_dim,
+            intermediate_size=c.intermediate_size,
+            rotary_percentage=1.0,
+            rope_base=int(c.rope_theta),
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            norm_eps=c.rms_norm_eps,
+            mlp_class_name="LLaMAMLP",
+        )
+    )
+    names = {
+        "lm_head.weight": "lm_head.weight",
+        "transformer.wte.weight": "model.embed_tokens.weight",
+        "transformer.ln_f.weight": "model.norm.weight",
+    }
+    parts = {
+        "norm_1": "input_layernorm",
+        "attn.proj": "self_attn.o_proj",
+        "norm_2": "post_attention_layernorm",
+        "mlp.fc_1": "mlp.gate_proj",
+        "mlp.fc_2": "mlp.up_proj",
+        "mlp.proj": "mlp.down_proj",
+    }
+    joined = {}
+    for i in range(c.num_hidden_layers):
+        for one, other in parts.items():
+            names[f"transformer.h.{i}.{one}.weight"] = (
+                f"model.layers.{i}.{other}.weight"
+            )
+        three = (f"model.layers.{i}.self_attn.{x}_proj.weight" for x in "qkv")
+        joined[f"transformer.h.{i}.attn.qkv.weight"] = torch.cat(
+            [weights[name] for name in three]
+        )
+    model.load_state_dict({k: weights[v] for k, v in names.items()} | joined)
+    return model
+
+
+def build(kind, dtype, shape, weights):
+    """A model of one kind with these weights, and how to ask for its loss."""
+    _, T, config = shape
+    if kind == "litgpt":
+        return build_litgpt(config, T, weights), litgpt_loss
     if kind.startswith("transformers"):
-        hf = transformers.LlamaConfig(**CONFIG.to_hf(), use_cache=False)
-        hf._attn_implementation = "eager" if "plain" in kind else "sdpa"
-        return transformers.LlamaForCausalLM(hf), their_loss
-    model = LlamaForCausalLM(CONFIG)
+        hf = transformers.LlamaConfig(**config.to_hf(), use_cache=False)
+        hf._attn_implementation = kind.split()[1]
+        model, loss = transformers.LlamaForCausalLM(hf), their_loss
+    else:
+        model, loss = LlamaForCausalLM(config), our_loss
+    model.load_state_dict(weights)
     if kind == "ours":
         speed_up(model, "cpu", getattr(torch, dtype))
     for module in model.modules():
@@ -71,16 +139,19 @@ def build(kind, dtype):
             module.attend = blocked_attention
     if "tiles" in kind:
         model.compute_loss = head_loss
-    return model, our_loss
+    return model, loss
+
+
+def mode_of(dtype, compiled):
+    return f"{dtype} {'compiled' if compiled else 'eager'}"
 
 
 class Contender:
     """One kind of model in one mode, with an optimizer of its own."""
 
-    def __init__(self, kind, dtype, compiled, weights):
-        self.name = f"{kind} {dtype} {'compiled' if compiled else 'eager'}"
-        self.model, self.loss_of = build(kind, dtype)
-        self.model.load_state_dict(weights)
+    def __init__(self, kind, dtype, compiled, shape, weights):
+        self.kind, self.mode = kind, mode_of(dtype, compiled)
+        self.model, self.loss_of = build(kind, dtype, shape, weights)
         self.call = torch.compile(self.model) if compiled else self.model
         self.bf16 = dtype == "bfloat16"
         self.optimizer = torch.optim.AdamW(
@@ -122,26 +193,27 @@ class Contender:
     def parameters(self):
         return list(self.model.parameters())
 
-    def tokens_per_second(self):
-        return round(B * T / statistics.median(self.seconds), 1)
+    def tokens_per_second(self, shape):
+        return round(shape[0] * shape[1] / statistics.median(self.seconds), 1)
 
 
-def first_weights():
+def first_weights(shape):
     torch.manual_seed(0)
-    return LlamaForCausalLM(CONFIG).state_dict()
+    return LlamaForCausalLM(shape[2]).state_dict()
 
 
-def texts(number):
+def texts(number, shape):
     """Random inputs and targets, always the same."""
+    B, T, config = shape
     random = torch.Generator().manual_seed(1)
     for _ in range(number):
-        ids = torch.randint(CONFIG.vocab_size, (B, T + 1), generator=random)
+        ids = torch.randint(config.vocab_size, (B, T + 1), generator=random)
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def race(runners, rounds, warm_up=2):
+def race(runners, rounds, shape, warm_up=2):
     """Let each take a step in turn; forget the first rounds."""
-    for number, (x, y) in enumerate(texts(rounds + warm_up), start=1):
+    for number, (x, y) in enumerate(texts(rounds + warm_up, shape), start=1):
         for runner in runners:
             runner.step(x, y)
         print(f"round {number} of {rounds + warm_up}", flush=True)
@@ -149,19 +221,19 @@ def race(runners, rounds, warm_up=2):
         runner.seconds = runner.seconds[warm_up:]
 
 
-def ladder(rounds):
+def ladder(rounds, shape):
     """The rows of the ladder: speed, memory, and what changes in the loss."""
-    weights = first_weights()
-    runners = [Contender(*row[1:], weights) for row in LADDER]
-    race(runners, rounds)
-    ((x, y),) = texts(1)
+    weights = first_weights(shape)
+    runners = [Contender(*row[1:], shape, weights) for row in LADDER]
+    race(runners, rounds, shape)
+    ((x, y),) = texts(1, shape)
     rows = []
     for (row, *_), runner in zip(LADDER, runners, strict=True):
         pairs = zip(runner.losses, runners[0].losses, strict=True)
         rows.append(
             {
                 "row": row,
-                "tokens_per_second": runner.tokens_per_second(),
+                "tokens_per_second": runner.tokens_per_second(shape),
                 "kept_mib": round(runner.kept_mib(x, y), 1),
                 "largest_loss_difference": max(abs(a - b) for a, b in pairs),
                 "seconds": [round(s, 4) for s in runner.seconds],
@@ -171,57 +243,90 @@ def ladder(rounds):
     return rows
 
 
-def beside_transformers(rounds):
-    """Ours and theirs, mode by mode."""
-    weights = first_weights()
+def peers(rounds, shape, litgpt):
+    """Ours and theirs, mode by mode; all must begin at the same loss."""
+    kinds = ["ours", "transformers sdpa", "transformers eager"]
+    if litgpt:
+        kinds.append("litgpt")
+    weights = first_weights(shape)
     runners = [
-        Contender(kind, dtype, compiled, weights)
+        Contender(kind, dtype, compiled, shape, weights)
         for compiled in (False, True)
         for dtype in ("float32", "bfloat16")
-        for kind in ("ours", "transformers")
+        for kind in kinds
     ]
-    plain = "transformers plain attention"
-    runners.append(Contender(plain, "bfloat16", True, weights))
-    race(runners, rounds)
-    speed = {r.name: r.tokens_per_second() for r in runners}
-    best = max(v for k, v in speed.items() if k.startswith("transformers"))
-    fastest = speed["ours bfloat16 compiled"]
-    for name, value in speed.items():
-        print(f"{name:48}{value:9,.0f} tokens/s")
+    race(runners, rounds, shape)
+    first = runners[0].losses[0]
+    assert all(abs(r.losses[0] - first) < 0.02 for r in runners)
+    speed = {}
+    for r in runners:
+        modes = speed.setdefault(r.kind, {})
+        modes[r.mode] = r.tokens_per_second(shape)
+        print(f"{r.kind:20} {r.mode:18}{modes[r.mode]:9,.0f} tokens/s")
+    ratio = {}
+    for dtype in ("float32", "bfloat16"):
+        for mode in (mode_of(dtype, False), mode_of(dtype, True)):
+            best = max(speed[kind][mode] for kind in kinds[1:])
+            ratio[mode] = round(speed["ours"][mode] / best, 3)
+        best = {
+            kind: max(v for m, v in speed[kind].items() if m.startswith(dtype))
+            for kind in kinds
+        }
+        theirs = max(best[kind] for kind in kinds[1:])
+        ratio[f"{dtype}, best of each"] = round(best["ours"] / theirs, 3)
+    print(ratio)
+    B, T, config = shape
     return {
+        "batch": B,
+        "sequence_length": T,
+        "model": config.to_hf(),
         "tokens_per_second": speed,
-        "ratio_by_mode": {
-            mode: round(
-                speed[f"ours {mode}"] / speed[f"transformers {mode}"], 3
-            )
-            for mode in (k[5:] for k in speed if k.startswith("ours "))
+        "ratio_to_best_peer": ratio,
+        "seconds": {
+            f"{r.kind}, {r.mode}": [round(s, 4) for s in r.seconds]
+            for r in runners
         },
-        "ratio_to_their_best": round(fastest / best, 3),
-        "ratio_to_their_plain_attention": round(
-            fastest / speed[f"{plain} bfloat16 compiled"], 3
-        ),
-        "seconds": {r.name: [round(s, 4) for s in r.seconds] for r in runners},
-        "losses": {r.name: [round(v, 4) for v in r.losses] for r in runners},
+        "losses": {
+            f"{r.kind}, {r.mode}": [round(x, 4) for x in r.losses]
+            for r in runners
+        },
     }
 
 
+def import_litgpt_from(folder):
+    """Make `litgpt.model` importable, without what litgpt itself imports."""
+    package = types.ModuleType("litgpt")
+    package.__path__ = [str(Path(folder) / "litgpt")]
+    sys.modules["litgpt"] = package
+    sys.path.append(str(folder))
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--part", choices=("ladder", "peers"), action="append")
+    parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--litgpt", metavar="FOLDER", help="where it is")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    numbers = {"threads": args.threads, "batch": B, "sequence_length": T}
-    if args.ladder and (RESULTS / "train_speed.json").exists():
-        numbers |= read_json(RESULTS / "train_speed.json")
-        del numbers["machine"]
-    numbers["ladder"] = ladder(args.rounds)
-    if not args.ladder:
-        torch._dynamo.reset()
-        numbers |= beside_transformers(args.rounds)
-    write_result("train_speed", numbers)
+    parts = args.part or ["ladder", "peers"]
+    if "ladder" in parts:
+        B, T, _ = SHAPES["small"]
+        rows = ladder(args.rounds, SHAPES["small"])
+        numbers = {"threads": args.threads, "batch": B, "sequence_length": T}
+        write_result("train_speed", numbers | {"ladder": rows})
+    if "peers" in parts:
+        if args.litgpt:
+            import_litgpt_from(args.litgpt)
+        path = RESULTS / "train_peers.json"
+        shapes = read_json(path)["shapes"] if path.exists() else {}
+        for name in args.shape or SHAPES:
+            torch._dynamo.reset()
+            found = peers(args.rounds, SHAPES[name], args.litgpt)
+            shapes[name] = {"threads": args.threads, **found}
+            write_result("train_peers", {"shapes": shapes})
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
