@@ -6,6 +6,7 @@ Letters: B batch, T time, W ranks, M rows of an epoch.
 
 import hashlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,3 +132,23 @@ class ShardLoader:
             position = self.position
             self.position += self.world_size * self.batch_size
         return self.batch_at(position)
+
+
+# Reading ahead
+
+
+class ReadAhead:
+    """The next batch of a loader, read by a thread while this one is used."""
+
+    def __init__(self, loader):
+        self.loader, self.reader = loader, ThreadPoolExecutor(1)
+        self.waiting = {}  # at most one: {position: a batch that is read}
+
+    def next_batch(self):
+        """As the loader's; its position counts only what was used."""
+        loader = self.loader
+        position, step = loader.position, loader.world_size * loader.batch_size
+        batch = self.waiting.pop(position, None)
+        loader.position = after = position + step
+        self.waiting = {after: self.reader.submit(loader.batch_at, after)}
+        return batch.result() if batch else loader.batch_at(position)

@@ -21,7 +21,7 @@ from llama_tut.checkpoint import (
 from llama_tut.distributed import Layout, warm_up_ddp_buckets
 from llama_tut.generate import generate
 from llama_tut.hellaswag import accuracy, read_examples, score, score_rows
-from llama_tut.loader import ShardLoader
+from llama_tut.loader import ReadAhead, ShardLoader
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer, learning_rate_at
 from llama_tut.tools.choice import (
@@ -209,7 +209,7 @@ def run_steps(run, signals):
     for line in training_steps(
         run.parallel,
         run.optimizer,
-        run.loader.next_batch,
+        ReadAhead(run.loader).next_batch,
         learning_rate,
         config.steps,
         first=run.step,

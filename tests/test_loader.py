@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama_tut.loader import ShardLoader, shuffled
+from llama_tut.loader import ReadAhead, ShardLoader, shuffled
 from llama_tut.tools.dataset import DatasetInfo
 from llama_tut.tools.files import InputError, digest, write_json
 from llama_tut.tools.shards import write_shard
@@ -260,3 +260,43 @@ def test_the_small_file_of_published_losses_can_be_made(tmp_path):
     carried = root / "notebooks" / "data" / "published_train_losses.csv.gz"
     lines = gzip.decompress(carried.read_bytes()).decode().splitlines()
     assert lines[0] == head and len(lines) == 1 + 38_146
+
+
+def test_reading_ahead_changes_nothing(folder):
+    """The same batches, through the end of an epoch and after a seek."""
+    one, two = (ShardLoader(folder, "train", 3, 8, 1, 2) for _ in range(2))
+    ahead = ReadAhead(two)
+    for position in (None, None, 60, None, None, 0, None):
+        for loader in (one, two):
+            loader.position = loader.position if position is None else position
+        for a, b in zip(one.next_batch(), ahead.next_batch(), strict=True):
+            assert torch.equal(a, b)
+        assert one.position == two.position
+
+
+def test_the_next_batch_is_read_before_it_is_asked_for(folder):
+    read = []
+
+    class Noted(ShardLoader):
+        def batch_at(self, position):
+            read.append(position)
+            return super().batch_at(position)
+
+    loader = Noted(folder, "train", 2, 8)
+    ahead = ReadAhead(loader)
+    ahead.next_batch()
+    ahead.reader.shutdown()  # waits for what was begun
+    assert sorted(read) == [0, 2] and loader.position == 2
+
+
+def test_an_error_while_reading_ahead_reaches_the_caller(folder):
+    class Broken(ShardLoader):
+        def batch_at(self, position):
+            if position:
+                raise OSError("the disk is gone")
+            return super().batch_at(position)
+
+    ahead = ReadAhead(Broken(folder, "train", 2, 8))
+    ahead.next_batch()
+    with pytest.raises(OSError, match="gone"):
+        ahead.next_batch()
