@@ -280,8 +280,7 @@ def training(part):
 
 def shapes(part):
     """350M and a 1B shape, each as `speed_up` leaves it on a GPU or not."""
-    names = ("1b",) if part.tiny else ("350m", "1b")  # tiny: one size
-    for name in names:
+    for name in ("350m", "1b"):
         for how in ("plain", "loss by tiles", "compiled"):
             part.attempt(
                 f"{name} {how}",

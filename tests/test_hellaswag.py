@@ -339,7 +339,7 @@ def test_the_published_set_is_as_the_chapter_says(published):
 
 def test_published_examples_as_the_harness(published):
     file = published
-    count = int(os.environ.get("LLAMA_TUT_HELLASWAG", 20))
+    count = int(os.environ.get("LLAMA_TUT_HELLASWAG", 40))
     lines = file.read_text().split("\n")
     examples = read_examples(file, limit=200)
     model = pack_weights(load_pretrained().eval())

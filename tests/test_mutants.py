@@ -33,8 +33,8 @@ def test_one_that_does_not_fit_says_so():
 
 @pytest.mark.slow
 def test_a_fault_is_caught_and_a_harmless_change_survives(tmp_path):
-    mutant = mutants.MUTANTS[1]  # its tests start soonest
+    mutant = mutants.MUTANTS[0]
     test = mutants.tests_that_fail(mutant, tmp_path / "a")
-    assert test.startswith(mutant.tests)
+    assert test == mutant.tests
     harmless = mutant._replace(new=mutant.old + "  ".strip())
     assert mutants.tests_that_fail(harmless, tmp_path / "b") is None

@@ -44,6 +44,13 @@ def same_run(one, other):
     assert a == pytest.approx(b, abs=1e-5)
 
 
+def test_four_ranks_do_not_change_the_losses(data, unbroken, tmp_path):
+    options = {"data": data, "out": tmp_path / "run", **OPTIONS}
+    code, out, err = finish(start(options, 4))
+    assert (code, err) == (0, ""), err
+    same_run(tmp_path / "run", unbroken)
+
+
 @pytest.fixture(scope="module")
 def two_machines(data, tmp_path_factory):
     """A run of two ranks, its folder and what the machines said.
@@ -63,7 +70,7 @@ def two_machines(data, tmp_path_factory):
 
 
 def test_two_machines_do_not_change_the_losses(two_machines, unbroken):
-    """Nor does the micro batch. Four ranks: tests/test_layouts.py."""
+    """Nor does the micro batch."""
     out, said = two_machines
     assert "step 16: validation" in said[0] and said[1] == ""
     same_run(out, unbroken)
@@ -89,13 +96,13 @@ def test_slurm_example(data, tmp_path):
         "SLURM_NNODES": "1",
         "SLURM_NODEID": "0",
     }
-    process = start(options, 1, "train_slurm.sh", **environment)
+    process = start(options, 2, "train_slurm.sh", **environment)
     code, out, err = finish(process)
     assert (code, err) == (0, "") and "starting at step 0" in out
     assert (tmp_path / "said").read_text() == "show hostnames here\n"
     stub(tmp_path, "srun", "exit 0")  # stopped by SIGTERM before the end
     options["out"] = tmp_path / "other"
-    code, _, _ = finish(start(options, 1, "train_slurm.sh", **environment))
+    code, _, _ = finish(start(options, 2, "train_slurm.sh", **environment))
     assert code == 0
     assert (tmp_path / "said").read_text().endswith("requeue 7\n")
 
