@@ -15,6 +15,7 @@ from itertools import chain
 
 from llama_tut.tools import cli
 from llama_tut.tools.corpora import open_corpus
+from llama_tut.tools.files import require
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.tokenizers import (
     Encoder,
@@ -28,6 +29,7 @@ def main():
     parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    require(args.rounds > 0, "--rounds must be at least 1")
     tiktoken = load_tiktoken()
     tokenizer = for_documents(tokenizer_from_ranks(tiktoken._mergeable_ranks))
     ours, slow = Encoder(tokenizer), Encoder(tokenizer)

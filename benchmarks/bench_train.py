@@ -35,7 +35,7 @@ from llama_tut.config import LlamaConfig
 from llama_tut.fast.training import blocked_attention, head_loss, speed_up
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.tools import cli
-from llama_tut.tools.files import read_json
+from llama_tut.tools.files import read_json, require
 from llama_tut.tools.machine import RESULTS, write_result
 
 # B, T, and the model.
@@ -295,8 +295,14 @@ def peers(rounds, shape, litgpt):
 
 def import_litgpt_from(folder):
     """Make `litgpt.model` importable, without what litgpt itself imports."""
+    inside = Path(folder) / "litgpt"
+    require(
+        (inside / "model.py").exists(),
+        f"--litgpt {folder}: no litgpt in it; the head of {__file__} says "
+        "how to install it there",
+    )
     package = types.ModuleType("litgpt")
-    package.__path__ = [str(Path(folder) / "litgpt")]
+    package.__path__ = [str(inside)]
     sys.modules["litgpt"] = package
     sys.path.append(str(folder))
 
@@ -309,7 +315,10 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, action="append")
     parser.add_argument("--litgpt", metavar="FOLDER", help="where it is")
     args = parser.parse_args()
+    require(args.rounds > 0, "--rounds must be at least 1")
     torch.set_num_threads(args.threads)
+    if args.litgpt:
+        import_litgpt_from(args.litgpt)
     parts = args.part or ["ladder", "peers"]
     if "ladder" in parts:
         B, T, _ = SHAPES["small"]
@@ -317,8 +326,6 @@ def main():
         numbers = {"threads": args.threads, "batch": B, "sequence_length": T}
         write_result("train_speed", numbers | {"ladder": rows})
     if "peers" in parts:
-        if args.litgpt:
-            import_litgpt_from(args.litgpt)
         path = RESULTS / "train_peers.json"
         shapes = read_json(path)["shapes"] if path.exists() else {}
         for name in args.shape or SHAPES:

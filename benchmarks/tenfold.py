@@ -80,19 +80,15 @@ def main():
     )
     parser.add_argument("--predict", action="store_true", help="only say it")
     args = parser.parse_args()
-    info, saved = (
-        load_dataset_info(args.data),
-        read_json(RESULTS / "scaling.json"),
-    )
+    info = load_dataset_info(args.data)
+    saved = read_json(RESULTS / "scaling.json")
     if info.hash != saved["data"]["hash"]:
         raise InputError(
             f"{args.data} is another text than that of scaling.json: "
             "make scaling first"
         )
-    path, began = (
-        RESULTS / "tenfold_prediction.json",
-        args.runs / "tenfold.started",
-    )
+    path = RESULTS / "tenfold_prediction.json"
+    began = args.runs / "tenfold.started"
     mark = fingerprint(saved["runs"])
     if not path.exists() or read_json(path)["grid"] != mark:
         if began.exists():
