@@ -65,7 +65,9 @@ def two_machines(data, tmp_path_factory):
     options = {"data": data, "out": out, **OPTIONS, "micro_batch_size": 1}
     nodes = [start(options, 1, NODE_RANK=str(i), **where) for i in (0, 1)]
     ends = [finish(node) for node in nodes]
-    assert [(code, err) for code, _, err in ends] == 2 * [(0, "")]
+    # On a busy machine one may have to wait for the other, and says so.
+    waiting = f"waiting for 1 of 2 machines at 127.0.0.1:{port}\n"
+    assert all(code == 0 and err in ("", waiting) for code, _, err in ends)
     return out, [said for _, said, _ in ends]
 
 
