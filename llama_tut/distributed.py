@@ -19,7 +19,8 @@ from llama_tut.tools.compilation import try_one_pass
 def inner(model):
     """The model itself, without the wrappers of DDP and torch.compile."""
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = getattr(model, "module", None) or model._orig_mod
+        wrapper = "module" if hasattr(model, "module") else "_orig_mod"
+        model = getattr(model, wrapper)
     return model
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,7 +295,9 @@ def test_hash_sees_the_sign_of_zero_and_ignores_wrappers():
     model = torch.nn.Linear(2, 2, bias=False)
     torch.nn.init.zeros_(model.weight)
     before = parameter_hash(model)
-    assert parameter_hash(torch.compile(model)) == before
+    compiled = torch.compile(model)
+    assert parameter_hash(compiled) == before
+    assert parameter_hash(SimpleNamespace(module=compiled)) == before
     with torch.no_grad():
         model.weight.neg_()
     assert parameter_hash(model) != before

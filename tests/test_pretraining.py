@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,25 @@ def test_compile_falls_back_with_one_line(config, monkeypatch, capsys):
     out = capsys.readouterr().out
     line = "not compiled, going on without: No working C++ compiler found"
     assert line in out.splitlines()
+
+
+def test_compile_trains_what_was_compiled(config, monkeypatch, capsys):
+    """With dynamo itself, whose wrapper is no plain module; same losses."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    plain = train(replace(config, steps=3, samples=0))
+    compiled = partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compiled)
+    out = Path(config.out).with_name("compiled")
+    found = train(
+        replace(config, compile=True, steps=3, samples=0, out=str(out))
+    )
+    assert graphs and "not compiled" not in capsys.readouterr().out
+    assert found["loss"] == pytest.approx(plain["loss"], rel=1e-5)
 
 
 def test_hellaswag_is_measured_when_asked_for(config):

@@ -18,10 +18,12 @@ def try_one_pass(model, batch, autocast, call=None):
         call: what to call in place of the model, such as its compiled form.
     """
     before = [buffer.clone() for buffer in model.buffers()]
+    # Not `call or model`: a compiled module has no truth value.
+    call = model if call is None else call
     *inputs, targets = batch
     try:
         with autocast():
-            loss = (call or model)(*inputs, targets=targets)
+            loss = call(*inputs, targets=targets)
         loss.backward()
     finally:
         model.zero_grad()
