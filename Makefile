@@ -69,7 +69,7 @@ bench: .venv ## speed and memory beside transformers and the harness's way; writ
 data/docs/dataset.json: | .venv
 	@$(PY) scripts/prepare.py --corpus docs --vocab-size 2048 --out data/docs
 
-ablation: data/docs/dataset.json ## chapter 22's runs: GPT-2 to LLaMA, optimizers (an hour; resumable)
+ablation: data/docs/dataset.json ## chapter 22's runs: GPT-2 to LLaMA, optimizers (four hours; resumable)
 	@$(PY) benchmarks/ablation.py
 
 scaling: data/docs/dataset.json ## chapter 23's runs: sizes and budgets (two hours; resumable)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from llama_tut.fast.training import speed_up
 from llama_tut.pretraining import build_llama, train
 from llama_tut.tools.files import InputError, write_json
 from llama_tut.tools.options import configure
@@ -154,7 +155,7 @@ def run_job(job, root, data):
     # Beside the folder: a run refuses one that holds something else.
     log = out.with_name(out.name + ".log")
     with open(log, "a") as file, contextlib.redirect_stdout(file):
-        last = train(config, job.build)
+        last = train(config, job.build, prepare_model=speed_up)
     if last is None or last["step"] < config.steps:
         return None
     record = record_of(job, out, time.perf_counter() - began)

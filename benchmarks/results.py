@@ -166,16 +166,13 @@ def print_optimizers():
 
 
 def print_choice(found):
-    """Accuracy of continuation choice over tokens, beside its baselines."""
+    """Accuracy of continuation choice at the end, beside its baselines."""
     print(f"\nContinuation choice, {found['choice_items']:,} items")
     for name, share in found["baselines"].items():
         print(f"{name:24}{share:7.1%}")
-    for row in found["rows"]:
-        curves = [r["curve"] for r in found["runs"] if r["row"] == row]
-        average = np.mean(curves, axis=0)
-        points = average[[0, len(average) // 2, -1]]
-        text = ", ".join(f"{p[2]:.1%} at {p[0]:,.0f}" for p in points)
-        print(f"{row:24} {text} tokens")
+    for row, shares in by_row(found, "choice").items():
+        low, high = min(shares.values()), max(shares.values())
+        print(f"{row:24}{mean(shares):7.1%} ({low:.1%} to {high:.1%})")
 
 
 def main():

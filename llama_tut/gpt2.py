@@ -38,6 +38,7 @@ class LadderConfig:
     num_attention_heads: int = option(12, "H, heads")
     max_position_embeddings: int = option(1024, "P, rows of the table")
     positions: Positions = option("learned", "how order is told")
+    share_keys: int = option(1, "query heads that share a key head")
     norm: Literal["layer", "rms"] = option("layer", "LayerNorm or RMSNorm")
     activation: Activation = option("gelu", "swiglu has a gate")
     bias: bool = option(True, "whether linear layers have one")
@@ -46,7 +47,9 @@ class LadderConfig:
 
     rms_norm_eps = 1e-5
     rope_theta, rope_scaling = 10_000.0, None
-    num_key_value_heads = property(lambda self: self.num_attention_heads)
+    num_key_value_heads = property(
+        lambda self: self.num_attention_heads // self.share_keys
+    )
     head_dim = property(lambda s: s.hidden_size // s.num_attention_heads)
 
     def __post_init__(self):
@@ -207,8 +210,8 @@ LADDER = {
     "RMSNorm": {"norm": "rms"},
     "SwiGLU": {"activation": "swiglu"},
     "no biases": {"bias": False},
+    "shared key heads": {"share_keys": 2},
     "untied head": {"tie_word_embeddings": False},
-    "initialisation": {"initializer_range": None},
 }
 
 
@@ -249,7 +252,10 @@ def changes_of(name):
 def rung(name, base):
     """The `LadderConfig` of a row, on the ladder that starts from `base`."""
     if name == TWIN:
-        untied, tied = rung("untied head", base), rung("no biases", base)
+        untied, tied = (
+            rung("untied head", base),
+            rung("shared key heads", base),
+        )
         deeper = replace(tied, num_hidden_layers=tied.num_hidden_layers + 2)
         return with_size(deeper, size_of(untied))
     changes = changes_of(name)
@@ -268,5 +274,6 @@ def build_rung(config, info, name):
         num_hidden_layers=c.num_hidden_layers,
         num_attention_heads=c.num_attention_heads,
         max_position_embeddings=c.max_position_embeddings,
+        initializer_range=None,
     )
     return LadderForCausalLM(rung(name, base))

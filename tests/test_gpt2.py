@@ -112,18 +112,18 @@ def test_each_rung_changes_one_thing():
 
 
 def test_rows_have_equal_parameters():
-    base = LadderConfig(2048, 96, 384, 3, 2, 256)
+    base = LadderConfig(2048, 96, 384, 3, 4, 256)
     sizes = {name: size_of(rung(name, base)) for name in ROWS}
-    for name in list(LADDER)[:5]:
+    for name in list(LADDER)[:6]:
         assert abs(sizes[name] / sizes["GPT-2"] - 1) < 1e-3, name
-    for name in ["initialisation", TWIN, *BESIDE]:
+    for name in [TWIN, *BESIDE]:
         assert abs(sizes[name] / sizes["untied head"] - 1) < 1e-3, name
 
 
 def test_last_rung_is_our_llama():
     torch.manual_seed(0)
-    top = rung("initialisation", BASE)
-    shape = (300, 48, top.intermediate_size, 3, 2)
+    top = rung("untied head", replace(BASE, initializer_range=None))
+    shape = (300, 48, top.intermediate_size, 3, 2, 1)
     llama = LlamaForCausalLM(LlamaConfig(*shape, max_position_embeddings=64))
     model = LadderForCausalLM(top)
     llama.load_state_dict(model.state_dict())
@@ -139,7 +139,8 @@ def test_last_rung_is_our_llama():
 def test_without_positions_earlier_tokens_have_no_order():
     """One block: the last token reads the same set, in any order."""
     torch.manual_seed(0)
-    config = replace(rung("no positions", BASE), num_hidden_layers=1)
+    wide = replace(BASE, initializer_range=None)
+    config = replace(rung("no positions", wide), num_hidden_layers=1)
     model = LadderForCausalLM(config)
     ids = torch.randint(300, (1, 20))
     mixed = ids.clone()
@@ -185,7 +186,8 @@ def test_committed_ladder_is_complete_and_fair():
     assert found["rows"] == ROWS
     ends = {(run["row"], run["seed"]): run for run in found["runs"]}
     for row in ROWS:
-        assert {seed for name, seed in ends if name == row} >= {1, 2, 3}
+        seeds = {seed for name, seed in ends if name == row}
+        assert seeds == set(ablation.SEEDS)
     first = ends["GPT-2", 1]
     for (row, _), run in ends.items():
         assert run["tokens"] == first["tokens"]
@@ -198,6 +200,7 @@ def test_committed_ladder_is_complete_and_fair():
             shape["num_hidden_layers"],
             shape["num_attention_heads"],
             shape["max_position_embeddings"],
+            initializer_range=None,
         )
         with torch.device("meta"):
             model = LadderForCausalLM(rung(row, base))
@@ -207,22 +210,35 @@ def test_committed_ladder_is_complete_and_fair():
 
 def test_committed_rates_are_the_best_tried_and_inside():
     found = committed("ablation")
-    tuned = {run["seed"] for run in found["tuning"]}
-    assert not tuned & {run["seed"] for run in found["runs"]}
+    assert not set(ablation.TUNING) & {run["seed"] for run in found["runs"]}
     for row in ROWS:
         tried = {}
         for run in found["tuning"]:
             if run["row"] == row:
-                tried.setdefault(run["learning_rate"], []).append(
-                    run["val_loss"]
-                )
-        most = max(map(len, tried.values()))
-        means = {
-            rate: sum(x) / most for rate, x in tried.items() if len(x) == most
-        }
+                own = tried.setdefault(run["learning_rate"], {})
+                own[run["seed"]] = run["val_loss"]
+        assert all(set(x) == set(ablation.TUNING) for x in tried.values())
+        means = {rate: sum(x.values()) for rate, x in tried.items()}
         best = min(means, key=means.get)
         assert found["rates"][row] == best
         assert min(tried) < best < max(tried), row
+
+
+def test_committed_optimizers_are_complete_and_share_the_ladder():
+    found, ladder = committed("optimizers"), committed("ablation")
+    ratio = committed("optimizer_seconds")["ratio"]
+    ends = {(run["row"], run["seed"]): run for run in found["runs"]}
+    assert len(ends) == len(found["runs"]) == 5 * len(ablation.SEEDS)
+    own = {r["seed"]: r for r in ladder["runs"] if r["row"] == ablation.TOP}
+    for (row, seed), run in ends.items():
+        longer = row == ablation.LONGER
+        steps = round(ablation.STEPS * (ratio if longer else 1))
+        assert run["tokens"] == 1024 * steps
+        rate = "adamw, cosine" if longer else row
+        assert run["learning_rate"] == found["rates"][rate]
+        assert run["parameters"] == own[seed]["parameters"]
+        if row == "adamw, cosine":
+            assert run["val_loss"] == own[seed]["val_loss"]
 
 
 def test_make_results_prints_every_table(monkeypatch, capsys):
@@ -278,34 +294,39 @@ def test_grid_is_resumable(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "losses, lucky, expected, tried",
+    "losses, unlucky, expected, tried",
     [
         # lowest inside the three rates that a row starts with
-        ([9, 5.0, 4.0, 5.0, 9], None, 2, {1, 2, 3}),
+        ([9, 9, 5.0, 4.0, 5.0, 9], None, 3, {2, 3, 4}),
         # lowest at an edge: it goes on to that side, until a worse one
-        ([9, 6.0, 5.0, 4.0, 3.0, 8, 9], None, 4, {1, 2, 3, 4, 5}),
-        # two close ones, the second seed decides
-        ([9, 4.02, 4.0, 5.0, 9], 2, 1, {0, 1, 2, 3}),
+        ([9, 9, 6.0, 5.0, 4.0, 3.0, 8, 9], None, 5, {2, 3, 4, 5, 6}),
+        # two close ones: the mean of the seeds decides
+        ([9, 9, 4.02, 4.0, 5.0, 9], 3, 2, {1, 2, 3, 4}),
     ],
 )
 def test_tuning_goes_on_until_the_best_rate_is_inside(
-    monkeypatch, losses, lucky, expected, tried
+    monkeypatch, losses, unlucky, expected, tried
 ):
     def run_grid(root, data, jobs):
         runs = []
         for row, rate, seed in jobs:
             i = ablation.RATES.index(rate)
-            unlucky = i == lucky and seed == ablation.TUNING[1]
-            loss = losses[i] + unlucky
+            worse = i == unlucky and seed == ablation.TUNING[1]
+            loss = losses[i] + worse
             runs.append(
                 dict(row=row, learning_rate=rate, seed=seed, val_loss=loss)
             )
         return runs
 
     monkeypatch.setattr(ablation, "run_grid", run_grid)
-    runs, best = ablation.tune("", "", ["a"], lambda *job: job, start=2)
+    runs, best = ablation.tune("", "", ["a"], lambda *job: job)
     assert best == {"a": ablation.RATES[expected]}
-    assert set(ablation.tried(runs, "a", ablation.TUNING[0])) == tried
+    seeds = {}
+    for run in runs:
+        index = ablation.RATES.index(run["learning_rate"])
+        seeds.setdefault(index, set()).add(run["seed"])
+    assert set(seeds) == tried
+    assert all(own == set(ablation.TUNING) for own in seeds.values())
 
 
 def test_a_grid_of_other_text_is_refused(tmp_path):
