@@ -136,9 +136,9 @@ def check_data(out, data):
         )
 
 
-def run_job(job, root, data):
+def run_job(job, root, data, threads=1):
     """Make one run, or find it made; its record, or None if it was stopped."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     out = job.folder(root)
     path = out / "record.json"
     check_data(out, data)
@@ -163,7 +163,7 @@ def run_job(job, root, data):
     return record
 
 
-def run_grid(root, data, jobs, workers=2):
+def run_grid(root, data, jobs, workers=2, threads=1):
     """Make all runs that are missing -> records, in the order of `jobs`.
 
     Raises: SystemExit(130) when stopped; the same call goes on. InputError
@@ -172,11 +172,13 @@ def run_grid(root, data, jobs, workers=2):
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names), "two jobs of one name"
     # Read by the children when they start.
-    os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
+    os.environ.update(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     context = multiprocessing.get_context("spawn")
     found, began = {}, time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = {pool.submit(run_job, j, root, data): j for j in jobs}
+        waiting = {
+            pool.submit(run_job, job, root, data, threads): job for job in jobs
+        }
         try:
             for future in as_completed(waiting):
                 job, record = waiting[future], future.result()
