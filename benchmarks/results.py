@@ -125,6 +125,14 @@ def print_scaling():
         f"begun at {found['largest_began_at']}: {largest['val_loss']:.3f} nats, "
         f"{inside} the interval"
     )
+    ten, run = read("tenfold_prediction"), read("tenfold")["run"]
+    low, high = ten["val_loss_95"]
+    print(
+        f"ten times its compute, {ten['N']:,} parameters, {ten['tokens']:,} "
+        f"tokens: predicted {ten['val_loss']:.3f} nats ({low:.3f} to "
+        f"{high:.3f}), by the law {ten['law_val_loss']:.3f}; the run "
+        f"{run['val_loss']:.3f}"
+    )
 
 
 def by_size(runs):

@@ -4,8 +4,10 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scaling as grid
+import tenfold
 import torch
 
 from llama_tut.scaling import (
@@ -256,3 +258,34 @@ def test_a_prediction_is_made_once_and_never_afterwards(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="the largest run has begun"):
         grid.write_prediction(records, Info, runs)
     assert json.loads(path.read_text()) == kept
+
+
+def test_the_tenfold_run_was_said_before_and_spends_what_was_said():
+    def committed(name):
+        folder = ROOT / "benchmarks" / "results"
+        return json.loads((folder / f"{name}.json").read_text())
+
+    said, found = committed("tenfold_prediction"), committed("tenfold")
+    saved, run = committed("scaling"), found["run"]
+    assert said["grid"] == grid.fingerprint(saved["runs"])
+    assert said["predicted_at"] < found["began_at"]
+    assert run["parameters"] == said["N"]
+    assert run["tokens"] == said["tokens"]
+    assert run["flops"] == pytest.approx(said["flops"], rel=1e-3)
+    assert said["flops"] == 10 * saved["largest"]["slice"]
+    one = {**saved["largest"]["options"], "compile": True}
+    other = ("steps", "learning_rate", "eval_every", "checkpoint_every")
+    shape = [key for key in one if key.startswith(("hidden", "inter", "num_"))]
+    for key in one.keys() - {*other, *shape}:
+        assert run["options"][key] == one[key], key
+
+
+def test_the_longest_run_of_tokens_that_was_read_before():
+    rng = np.random.default_rng(0)
+    train, val = rng.integers(900, size=(2, 300))
+    val[100:140] = train[50:90]  # forty tokens: from the 32nd on, 32
+    val[200:209] = train[10:19]
+    found = tenfold.longest_seen(train, val)
+    assert not found[:102].any() and not found[140:202].any()
+    assert [found[100 + n - 1] for n in (4, 8, 16, 32)] == [4, 8, 16, 32]
+    assert found[139] == 32 and found[208] == 8 and not found[209:].any()
