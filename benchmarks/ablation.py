@@ -90,7 +90,7 @@ def ladder_job(row, rate, seed, width=LADDER_RUN["hidden_size"]):
 def build_small(config, info, name):
     """A row's model, its matrices drawn with 0.02 whatever their width."""
     model = build_rung(config, info, name)
-    object.__setattr__(model.config, "initializer_range", 0.02)
+    model.config = replace(model.config, initializer_range=0.02)
     model.init_weights()
     return model
 
@@ -166,6 +166,7 @@ def tune(root, data, rows, make):
     All rows start with the same three rates, each on all tuning seeds. A row
     goes on until its best rate has a worse neighbour on both sides.
     """
+    inside = set(range(len(RATES)))
     indices = {row: set(START) for row in rows}
     while True:
         wanted = [
@@ -179,13 +180,13 @@ def tune(root, data, rows, make):
         for row in rows:
             means = mean_losses(runs, row)
             best[row] = min(means, key=means.get)
-        edges = {r: {best[r] - 1, best[r] + 1} - indices[r] for r in rows}
-        edges = {
-            r: {i for i in e if 0 <= i < len(RATES)} for r, e in edges.items()
+        missing = {
+            row: {best[row] - 1, best[row] + 1} & inside - indices[row]
+            for row in rows
         }
-        if not any(edges.values()):
+        if not any(missing.values()):
             return runs, {row: RATES[best[row]] for row in rows}
-        indices = {row: indices[row] | edges[row] for row in rows}
+        indices = {row: indices[row] | missing[row] for row in rows}
 
 
 def trained_model(job, root, data):

@@ -6,7 +6,7 @@
 Reads the runs of benchmarks/results/scaling.json and writes what their frontier
 expects of ten times the largest run's compute to tenfold_prediction.json. A
 prediction is never made when the run has begun. Then it trains, on two threads and
-compiled, which changes nothing but the time, and writes tenfold.json. Stopped, the
+compiled, which changes the time and the rounding, and writes tenfold.json. Stopped, the
 same command goes on: the run lies in runs/scaling. At last it asks on which tokens of
 the validation text the larger run has gained: those whose last words stand in the
 training text, or the others. (For that the largest run is made again.)
@@ -180,15 +180,16 @@ def main():
         began.write_text(datetime.now(UTC).isoformat(timespec="seconds"))
     name = f"tenfold-D{said['D']}"
     one = job(name, said["D"], said["steps"], 0, 8, slice=said["flops"])
-    one = replace(one, options=one.options | {"compile": True})
     before = largest_job(saved["largest"]["options"]["hidden_size"], V)
-    before = replace(before, options=before.options | {"compile": True})
-    jobs = [before, one]
+    jobs = [
+        replace(each, options=each.options | {"compile": True})
+        for each in (before, one)
+    ]
     runs = run_grid(args.runs, args.data, jobs, workers=1, threads=2)
     print(f"the run gives {runs[1]['val_loss']:.3f} nats")
     models = {
-        name: job.folder(args.runs) / "model"
-        for name, job in zip(("largest", "tenfold"), jobs, strict=True)
+        name: each.folder(args.runs) / "model"
+        for name, each in zip(("largest", "tenfold"), jobs, strict=True)
     }
     found = {"began_at": began.read_text(), "run": runs[1]}
     found["largest_again"] = runs[0]["val_loss"]

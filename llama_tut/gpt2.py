@@ -252,10 +252,8 @@ def changes_of(name):
 def rung(name, base):
     """The `LadderConfig` of a row, on the ladder that starts from `base`."""
     if name == TWIN:
-        untied, tied = (
-            rung("untied head", base),
-            rung("shared key heads", base),
-        )
+        names = "untied head", "shared key heads"
+        untied, tied = (rung(one, base) for one in names)
         deeper = replace(tied, num_hidden_layers=tied.num_hidden_layers + 2)
         return with_size(deeper, size_of(untied))
     changes = changes_of(name)

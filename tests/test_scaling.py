@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,11 +24,10 @@ from llama_tut.scaling import (
     power,
     predict_run,
 )
-from llama_tut.tools.files import InputError
+from llama_tut.tools.files import InputError, read_json
+from llama_tut.tools.machine import RESULTS
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 V = 2048
@@ -261,12 +259,9 @@ def test_a_prediction_is_made_once_and_never_afterwards(tmp_path, monkeypatch):
 
 
 def test_the_tenfold_run_was_said_before_and_spends_what_was_said():
-    def committed(name):
-        folder = ROOT / "benchmarks" / "results"
-        return json.loads((folder / f"{name}.json").read_text())
-
-    said, found = committed("tenfold_prediction"), committed("tenfold")
-    saved, run = committed("scaling"), found["run"]
+    names = "tenfold_prediction", "tenfold", "scaling"
+    said, found, saved = (read_json(RESULTS / f"{n}.json") for n in names)
+    run = found["run"]
     assert said["grid"] == grid.fingerprint(saved["runs"])
     assert said["predicted_at"] < found["began_at"]
     assert run["parameters"] == said["N"]
