@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -136,8 +137,15 @@ def check_data(out, data):
         )
 
 
+# In a worker whose run was stopped: it has taken further jobs off the queue
+# already, and must not begin them.
+STOPPED = threading.Event()
+
+
 def run_job(job, root, data, threads=1):
     """Make one run, or find it made; its record, or None if it was stopped."""
+    if STOPPED.is_set():
+        return None
     torch.set_num_threads(threads)
     out = job.folder(root)
     path = out / "record.json"
@@ -157,6 +165,7 @@ def run_job(job, root, data, threads=1):
     with open(log, "a") as file, contextlib.redirect_stdout(file):
         last = train(config, job.build, prepare_model=speed_up)
     if last is None or last["step"] < config.steps:
+        STOPPED.set()
         return None
     record = record_of(job, out, time.perf_counter() - began)
     write_json(path, record)

@@ -1,6 +1,12 @@
 """GPT-2 out of our LLaMA: equal to transformers', and a fair ladder between the two."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,6 +297,50 @@ def test_grid_is_resumable(tmp_path):
     assert [tokens for tokens, _ in first[0]["curve"]] == [64, 96]
     changed = grid.Job("seed0", options | {"steps": 4}, about={"seed": 0})
     assert changed.folder("x") != jobs[0].folder("x")
+
+
+ENDLESS = """
+import sys
+import grid
+if __name__ == "__main__":
+    root, data = sys.argv[1:]
+    options = dict(
+        steps=10**6, sequence_length=16, micro_batch_size=2, samples=0,
+        tokens_per_step=32, hidden_size=16, intermediate_size=16,
+        num_hidden_layers=1, num_attention_heads=1,
+    )
+    jobs = [grid.Job(f"seed{s}", options | {"seed": s}) for s in range(6)]
+    grid.run_grid(root, data, jobs)
+"""
+
+
+def test_ctrl_c_ends_a_grid_and_begins_no_other_run(tmp_path):
+    """A worker has the next job at hand when its run is stopped."""
+    script, root = tmp_path / "endless.py", tmp_path / "runs"
+    script.write_text(ENDLESS)
+    process = subprocess.Popen(
+        [sys.executable, script, root, tiny_data(tmp_path)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while len(list(root.glob("*/metrics.jsonl"))) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        out, _ = process.communicate(timeout=100)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, out) == (
+        130,
+        "stopped: the same command goes on\n",
+    )
+    assert len(list(root.glob("*/metrics.jsonl"))) == 2
+    assert len(list(root.glob("*/checkpoints/step_*"))) == 2
 
 
 @pytest.mark.parametrize(
