@@ -27,8 +27,8 @@ from llama_tut.tools.choice import (
     choice_scores,
     read_choices,
 )
-from llama_tut.tools.files import read_json
-from llama_tut.tools.machine import RESULTS, write_result
+from llama_tut.tools.files import read_json, write_json
+from llama_tut.tools.machine import write_result
 from llama_tut.tools.options import configure
 from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.trainer import train_step
@@ -253,7 +253,14 @@ LONGER = "adamw, cosine, longer"
 
 
 def seconds(root, data, rounds=150):
-    """Seconds of a step of each optimizer, step by step in turn."""
+    """Seconds of a step of each optimizer, step by step in turn.
+
+    They are measured once and kept beside the runs: a row's steps depend on
+    them, so a second measurement would make other runs.
+    """
+    kept = Path(root) / "optimizer_seconds.json"
+    if kept.exists():
+        return read_json(kept)
     torch.set_num_threads(1)
     config = configure({**LADDER_RUN, "data": str(data)})
     loader = ShardLoader(data, "train", 8, SHORT)
@@ -277,15 +284,15 @@ def seconds(root, data, rounds=150):
     print(
         f"a step of Muon takes {ratio:.3f} of AdamW's ({quarter:.3f} to {three:.3f})"
     )
-    return {"seconds": times, "ratio": ratio, "quartiles": [quarter, three]}
+    found = {"seconds": times, "ratio": ratio, "quartiles": [quarter, three]}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, found)
+    return found
 
 
 def optimizers(root, data):
-    """AdamW and Muon, cosine and wsd, at equal tokens and equal seconds.
-
-    Raises: InputError when the seconds were not measured before.
-    """
-    ratio = read_json(RESULTS / "optimizer_seconds.json")["ratio"]
+    """AdamW and Muon, cosine and wsd, at equal tokens and equal seconds."""
+    ratio = seconds(root, data)["ratio"]
     tuning, best = tune(root, data, OPTIMIZERS, optimizer_job)
     steps, rate = round(STEPS * ratio), best["adamw, cosine"]
     wanted = [(row, best[row], seed) for row in OPTIMIZERS for seed in SEEDS]

@@ -247,6 +247,13 @@ def test_committed_optimizers_are_complete_and_share_the_ladder():
             assert run["val_loss"] == own[seed]["val_loss"]
 
 
+def test_seconds_are_measured_once_and_kept_beside_the_runs(tmp_path):
+    """A second measurement would give a row other steps, so other runs."""
+    found = {"ratio": 1.5}
+    (tmp_path / "optimizer_seconds.json").write_text(json.dumps(found))
+    assert ablation.seconds(tmp_path, "no data is read") == found
+
+
 def test_make_results_prints_every_table(monkeypatch, capsys):
     code, out, err = caller("results", monkeypatch, capsys)()
     assert (code, err) == (0, "")
