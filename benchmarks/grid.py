@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -172,6 +173,13 @@ def run_job(job, root, data, threads=1):
     return record
 
 
+def end_workers(number, frame):
+    """For SIGTERM: `kill` reaches only us, while Ctrl-C reaches the workers."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()  # it saves its run, and ends
+    raise KeyboardInterrupt
+
+
 def run_grid(root, data, jobs, workers=2, threads=1):
     """Make all runs that are missing -> records, in the order of `jobs`.
 
@@ -184,6 +192,7 @@ def run_grid(root, data, jobs, workers=2, threads=1):
     os.environ.update(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     context = multiprocessing.get_context("spawn")
     found, began = {}, time.perf_counter()
+    before = signal.signal(signal.SIGTERM, end_workers)
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting = {
             pool.submit(run_job, job, root, data, threads): job for job in jobs
@@ -205,4 +214,6 @@ def run_grid(root, data, jobs, workers=2, threads=1):
             pool.shutdown(cancel_futures=True)
             print("stopped: the same command goes on")
             raise SystemExit(130) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return [found[name] for name in names]

@@ -321,7 +321,10 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_ends_a_grid_and_begins_no_other_run(tmp_path):
+@pytest.mark.parametrize(
+    "send, number", [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
+)
+def test_ctrl_c_and_kill_end_a_grid(tmp_path, send, number):
     """A worker has the next job at hand when its run is stopped."""
     script, root = tmp_path / "endless.py", tmp_path / "runs"
     script.write_text(ENDLESS)
@@ -337,7 +340,7 @@ def test_ctrl_c_ends_a_grid_and_begins_no_other_run(tmp_path):
         while len(list(root.glob("*/metrics.jsonl"))) < 2:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        send(process.pid, number)  # a terminal's goes to the whole group
         out, _ = process.communicate(timeout=100)
     finally:
         with contextlib.suppress(ProcessLookupError):
