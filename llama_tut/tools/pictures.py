@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llama_tut.tools.baselines import bigram_nats, unigram_nats
+from llama_tut.tools.baselines import ngram_nats
 from llama_tut.tools.dataset import DatasetInfo
 from llama_tut.tools.digits import DIGITS_WHEEL, digit_pairs
 from llama_tut.tools.files import (
@@ -117,8 +117,8 @@ def prepare_pictures(corpus, tokenizer, out, count=None):
             tokenizer_hash=name,
             vocab_size=V,
             end_of_text=end,
-            unigram_nats=unigram_nats(streams["train"], streams["val"], V),
-            bigram_nats=bigram_nats(streams["train"], streams["val"], V),
+            unigram_nats=ngram_nats(streams["train"], streams["val"], V, 1),
+            bigram_nats=ngram_nats(streams["train"], streams["val"], V, 2),
             bytes_per_token=known["val_bytes"] / known["val_tokens"],
             hash=digest(*sums),
             settings=key,

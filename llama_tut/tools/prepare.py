@@ -7,7 +7,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llama_tut.tools.baselines import bigram_nats, unigram_nats
+from llama_tut.tools.baselines import ngram_nats
 from llama_tut.tools.corpora import open_corpus
 from llama_tut.tools.data_folder import (
     NOTE,
@@ -203,8 +203,8 @@ def describe(folder, settings, corpus, key, known):
     info = DatasetInfo(
         corpus=" ".join(Path(name).name for name in names),
         tokenizer=Path(settings.tokenizer).name,
-        unigram_nats=unigram_nats(train, val, known["vocab_size"]),
-        bigram_nats=bigram_nats(train, val, known["vocab_size"]),
+        unigram_nats=ngram_nats(train, val, known["vocab_size"], 1),
+        bigram_nats=ngram_nats(train, val, known["vocab_size"], 2),
         bytes_per_token=known["val_bytes"] / known["val_tokens"],
         hash=digest("".join(sums).encode()),
         settings=key,
