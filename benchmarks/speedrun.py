@@ -75,7 +75,11 @@ RECORDS = [
         "start from counts",
         "embedding and head begin with the counts of pairs, which the first "
         "steps would have to learn",
-        {"start": "counts", "tie_word_embeddings": False, "steps": 1_250},
+        {
+            "first_weights": "counts",
+            "tie_word_embeddings": False,
+            "steps": 1_250,
+        },
     ),
 ]
 NAMES = [record.name for record in RECORDS]
@@ -85,7 +89,7 @@ OTHERS = [
         "no counts",
         "a head of its own as in the last record, but random first weights: "
         "is it the counts?",
-        {"start": "random"},
+        {"first_weights": "random"},
     ),
     Record(
         "for longer",

@@ -25,7 +25,7 @@ show env NPROC=1 scripts/train_ddp.sh --preset laptop \
   --data "$DATA" --out "$RUN" --resume --steps 2400 \
   --micro-batch-size 16 --tokens-per-step 2048 --dtype auto \
   --optimizer muon --learning-rate 8e-3 --final-fraction 0 \
-  --start counts --no-tie-word-embeddings \
+  --first-weights counts --no-tie-word-embeddings \
   --choice 500 --eval-every 400
 
 # 3. What came out.

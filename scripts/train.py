@@ -130,13 +130,16 @@ def expert_parts(config):
 
 def start_parts(config, layout):
     """What `train` needs to start from counts (chapter 19), else nothing."""
-    if extra_options(config, StartOptions).start == "random" or config.plain:
+    if (
+        extra_options(config, StartOptions).first_weights == "random"
+        or config.plain
+    ):
         return {}
     require(
         layout == ParallelOptions()
         and config.extra.get("mlp", "dense") == "dense"
         and not config.extra.get("text_model"),
-        "--start counts is for a whole LLaMA of text: leave it out beside "
+        "--first-weights counts is for a whole LLaMA of text: leave it out beside "
         "--parallel fsdp, --tensor-parallel, --recompute, --mlp and "
         "--text-model",
     )

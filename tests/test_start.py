@@ -20,7 +20,7 @@ TINY = {
     "num_hidden_layers": 1,
     "num_attention_heads": 1,
     "samples": 0,
-    "start": "counts",
+    "first_weights": "counts",
     "tie_word_embeddings": False,
 }
 
@@ -89,7 +89,7 @@ def test_a_run_from_counts_begins_where_the_pairs_are(
         (["--tie-word-embeddings"], "--no-tie-word-embeddings"),
         (["--mlp", "mixtral", "--experts", "2"], "leave it out"),
         (["--recompute"], "leave it out"),
-        (["--start", "guess"], "--start"),
+        (["--first-weights", "guess"], "--first-weights"),
     ],
 )
 def test_it_is_refused_in_one_line(tmp_path, monkeypatch, capsys, more, word):
@@ -106,3 +106,14 @@ def test_a_table_that_is_too_large_is_refused():
     config = LlamaConfig(50_304, 8, 8, 1, 1, tie_word_embeddings=False)
     with pytest.raises(InputError, match="8,192"):
         check_start(config)
+
+
+def test_torchrun_takes_no_option_of_ours_for_its_own():
+    """It completes what looks like the beginning of an option of its own."""
+    from torch.distributed.run import get_args_parser
+    from train import build_parser
+
+    theirs = get_args_parser()._option_string_actions
+    for own in build_parser()._option_string_actions:
+        if own.startswith("--") and own != "--help":
+            assert not [name for name in theirs if name.startswith(own)], own

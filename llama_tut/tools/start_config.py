@@ -14,7 +14,7 @@ LARGEST_TABLE = 2**26  # pairs of tokens: some GB while they are fitted
 class StartOptions:
     """the first weights (chapter 19)"""
 
-    start: Literal["random", "counts"] = option(
+    first_weights: Literal["random", "counts"] = option(
         "random",
         "embedding and head: random (always with --plain), or fitted to counts "
         "of pairs",
@@ -28,13 +28,13 @@ def check_start(config):
     """Raise InputError if a model of this LlamaConfig cannot start from counts."""
     require(
         not config.tie_word_embeddings,
-        "--start counts fits the head by itself: say "
+        "--first-weights counts fits the head by itself: say "
         "--no-tie-word-embeddings as well",
     )
     V = config.vocab_size
     require(
         V**2 <= LARGEST_TABLE,
-        f"--start counts makes a table of {V:,} x {V:,} pairs, which is too "
+        f"--first-weights counts makes a table of {V:,} x {V:,} pairs, which is too "
         "large: leave it out, or take a vocabulary of at most "
         f"{int(LARGEST_TABLE**0.5):,}",
     )
