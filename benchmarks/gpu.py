@@ -518,6 +518,8 @@ def generation(part):
 
 # A real run
 
+TOKENS = 32_768  # of a step: 100 million take some 3,000 steps
+
 
 def run(part):
     """With the time that is left: prepare a corpus, train, write samples."""
@@ -538,6 +540,10 @@ def run(part):
     part.record("last line", lines[-1])
     step = max(len(lines) // 200, 1)
     part.record("losses", [[x["step"], x["loss"]] for x in lines[::step]])
+    part.record(
+        "validations",
+        [[x["step"], x["val_loss"]] for x in lines if "val_loss" in x],
+    )
     part.record("config", read_json(folder / "config.json"))
     part.record("samples", (folder / "samples.txt").read_text())
     shutil.copy(folder / "curves.png", part.out / "gpu_run.png")
@@ -574,8 +580,8 @@ def corpus(part):
     shape = (
         *("--hidden-size", 512, "--intermediate-size", 1408),
         *("--num-hidden-layers", 8, "--num-attention-heads", 8),
-        *("--sequence-length", 512, "--micro-batch-size", 32),
-        *("--tokens-per-step", 16_384, "--learning-rate", 1e-3),
+        *("--sequence-length", 512, "--micro-batch-size", 64),
+        *("--tokens-per-step", TOKENS, "--learning-rate", 1e-3),
     )
     probe = part.out / "probe"
     shutil.rmtree(probe, ignore_errors=True)
@@ -584,13 +590,13 @@ def corpus(part):
         "--steps", 30, "--dtype", "bfloat16", "--samples", 0,
     )  # fmt: skip
     seconds = statistics.median(
-        16_384 / line["tokens_per_second"]
+        TOKENS / line["tokens_per_second"]
         for _, line in read_jsonl(probe / "metrics.jsonl")
         if line["step"] > 10
     )
     # Starting, validation and samples take some twenty seconds of the rest.
     steps = max(int(0.8 * (part.left() - 25) / seconds), 20)
-    return data, [*shape, "--steps", min(steps, 4000)]
+    return data, [*shape, "--steps", min(steps, 8000)]
 
 
 # Parts in the order of their value, each with its seconds at most

@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from training_setup import (
     OPTIONS,
     ROOT,
@@ -221,7 +222,13 @@ def test_bad_input_under_torchrun_is_one_line(data, tmp_path):
         ({"data": ""}, "--data is missing"),
         ({"out": ""}, "--out is missing"),
         ({"device": "tpu"}, "take auto, cpu"),
-        ({"device": "cuda"}, "device cuda"),
+        pytest.param(
+            {"device": "cuda"},
+            "device cuda",
+            marks=pytest.mark.skipif(
+                torch.cuda.is_available(), reason="there is one"
+            ),
+        ),
         ({"micro_batch_size": 3}, "512 is not a multiple of micro batch 3"),
         ({"num_attention_heads": 3}, "hidden_size 32 is not a multiple"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
