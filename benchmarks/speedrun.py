@@ -119,26 +119,19 @@ def arguments(options):
             yield from (flag(name), str(value))
 
 
-def command(record, data, out, seed):
-    """The words that train a record, and what its environment adds."""
-    threads = str(max(1, 2 // record.ranks))
-    words = [sys.executable, str(ROOT / "scripts" / "train.py")]
-    if record.ranks > 1:
-        words = ["bash", str(ROOT / "scripts" / "train_ddp.sh")]
-    given = {"data": data, "out": out, "seed": seed}
-    words += arguments(options_of(record) | MEASURED | given)
-    more = {"NPROC": str(record.ranks), "NNODES": "1"}
-    more |= {"OMP_NUM_THREADS": threads, "PYTHON": sys.executable}
-    return words, more
-
-
 def train(record, data, rows, seed):
     """One run of a record, in a folder of its own -> its numbers."""
+    options = options_of(record) | MEASURED | {"data": data, "seed": seed}
+    options["eval_rows"] = rows // options.get("sequence_length", 128)
+    start = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    if record.ranks > 1:
+        start = ["bash", str(ROOT / "scripts" / "train_ddp.sh")]
+    threads = str(max(1, 2 // record.ranks))
+    more = {"NPROC": str(record.ranks), "NNODES": "1"}
+    more |= {"OMP_NUM_THREADS": threads, "PYTHON": sys.executable}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        words, more = command(record, data, out, seed)
-        T = options_of(record).get("sequence_length", 128)
-        words += arguments({"eval_rows": rows // T})
+        words = [*start, *arguments(options | {"out": out})]
         began = time.perf_counter()
         done = subprocess.run(
             words, env=os.environ | more, capture_output=True, text=True
@@ -181,11 +174,10 @@ def measure(racers, data, rows, seeds=SEEDS):
     ]
 
 
-def five_gram(data):
+def five_gram(data, info):
     """Bits per byte of Kneser-Ney's counts of five tokens, on the same text."""
-    info = load_dataset_info(data)
-    texts = [first_tokens(data, split) for split in ("train", "val")]
-    return info.bits_per_byte(ngram_nats(*texts, info.vocab_size, 5))
+    train, val = (first_tokens(data, split) for split in ("train", "val"))
+    return info.bits_per_byte(ngram_nats(train, val, info.vocab_size, 5))
 
 
 def print_table(found):
@@ -228,7 +220,7 @@ def main():
         print_table(others)
     else:
         kept = {"data": info.hash, "target": TARGET}
-        kept["five_gram"] = five_gram(args.data)
+        kept["five_gram"] = five_gram(args.data, info)
         kept["records"] = run(RECORDS)
         print_table(kept["records"])
         others = []

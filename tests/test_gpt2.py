@@ -15,7 +15,7 @@ import grid
 import pytest
 import torch
 from small_model import caller, refused
-from training_setup import tiny_data
+from training_setup import TINY, tiny_data
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llama_tut.config import LlamaConfig
@@ -273,19 +273,7 @@ def test_make_results_prints_every_table(monkeypatch, capsys):
 def test_grid_is_resumable(tmp_path):
     """What is done is found, not made again; a changed option is a new run."""
     data = tiny_data(tmp_path)
-    options = {
-        "steps": 3,
-        "sequence_length": 16,
-        "micro_batch_size": 2,
-        "tokens_per_step": 32,
-        "eval_rows": 4,
-        "eval_every": 2,
-        "samples": 0,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
+    options = TINY | {"steps": 3, "eval_rows": 4, "eval_every": 2}
     jobs = [
         grid.Job(f"seed{s}", options | {"seed": s}, about={"seed": s})
         for s in (0, 1)
@@ -309,13 +297,10 @@ def test_grid_is_resumable(tmp_path):
 ENDLESS = """
 import sys
 import grid
+from training_setup import TINY
 if __name__ == "__main__":
     root, data = sys.argv[1:]
-    options = dict(
-        steps=10**6, sequence_length=16, micro_batch_size=2, samples=0,
-        tokens_per_step=32, hidden_size=16, intermediate_size=16,
-        num_hidden_layers=1, num_attention_heads=1,
-    )
+    options = TINY | {"steps": 10**6}
     jobs = [grid.Job(f"seed{s}", options | {"seed": s}) for s in range(6)]
     grid.run_grid(root, data, jobs)
 """
@@ -330,7 +315,8 @@ def test_ctrl_c_and_kill_end_a_grid(tmp_path, send, number):
     script.write_text(ENDLESS)
     process = subprocess.Popen(
         [sys.executable, script, root, tiny_data(tmp_path)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"},
+        env=os.environ
+        | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}:{ROOT / 'tests'}"},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -10,7 +10,7 @@ import pytest
 import speedrun
 from small_model import caller, refused
 from train import EXTRA, build_parser
-from training_setup import tiny_data
+from training_setup import TINY, tiny_data
 
 from llama_tut.tools.options import configure
 
@@ -55,16 +55,7 @@ def test_make_train_is_the_last_record_for_longer():
 def test_one_run_gives_its_numbers(tmp_path, monkeypatch):
     """A tiny record, of one process and of two ranks."""
     data = tiny_data(tmp_path)
-    small = {
-        "steps": 3,
-        "sequence_length": 16,
-        "micro_batch_size": 2,
-        "tokens_per_step": 64,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
+    small = TINY | {"steps": 3, "tokens_per_step": 64}
     records = [
         speedrun.Record("one", "", small),
         speedrun.Record("two", "", {}, ranks=2),

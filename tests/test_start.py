@@ -4,22 +4,15 @@ import pytest
 import torch
 from small_model import caller, refused
 from torch.nn import functional as F
-from training_setup import flags, metrics, tiny_data
+from training_setup import TINY, flags, metrics, tiny_data
 
 from llama_tut.config import LlamaConfig
 from llama_tut.fast.training import start_from_counts
 from llama_tut.model import LlamaForCausalLM
 
-TINY = {
+COUNTED = TINY | {
     "steps": 2,
-    "sequence_length": 16,
-    "micro_batch_size": 2,
-    "tokens_per_step": 32,
     "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "samples": 0,
     "first_weights": "counts",
     "tie_word_embeddings": False,
 }
@@ -77,7 +70,7 @@ def test_a_run_from_counts_begins_where_the_pairs_are(
     call = caller("train", monkeypatch, capsys)
     for name, more in (("counts", []), ("plain", ["--plain"])):
         out = tmp_path / name
-        call(*flags(TINY), "--data", data, "--out", out, *more)
+        call(*flags(COUNTED), "--data", data, "--out", out, *more)
         first[name] = metrics(out)[0]["loss"]
     pairs = load_dataset_info(data).bigram_nats
     assert first["counts"] < pairs + 0.5 < first["plain"] - 1
@@ -95,7 +88,7 @@ def test_a_run_from_counts_begins_where_the_pairs_are(
 def test_it_is_refused_in_one_line(tmp_path, monkeypatch, capsys, more, word):
     data = tiny_data(tmp_path)
     call = caller("train", monkeypatch, capsys)
-    options = [*flags(TINY), "--data", data, "--out", tmp_path / "run"]
+    options = [*flags(COUNTED), "--data", data, "--out", tmp_path / "run"]
     refused(call(*options, *more), word)
 
 

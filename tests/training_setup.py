@@ -35,6 +35,17 @@ OPTIONS = {
     "device": "cpu",
     **SHAPE,
 }
+# The smallest run there is: one layer, two rows of 16 tokens per step
+TINY = {
+    "sequence_length": 16,
+    "micro_batch_size": 2,
+    "tokens_per_step": 32,
+    "samples": 0,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
 
 
 def tiny_data(folder, seed=0):
