@@ -16,7 +16,6 @@ generate_speed_THREADS_threads.json; of a model of ours,
 generate_speed_own.json.
 """
 
-import argparse
 import tempfile
 import time
 from functools import partial
@@ -34,6 +33,7 @@ from llama_tut.fast.generation import (
 )
 from llama_tut.generate import Reader, generate, speculate
 from llama_tut.hellaswag import read_examples
+from llama_tut.tools import cli
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained
@@ -174,7 +174,7 @@ def measure(runs, prompts, new):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--compiled", action="store_true")
@@ -227,4 +227,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
