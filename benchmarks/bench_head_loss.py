@@ -1,16 +1,18 @@
 """Peak memory and time of the head loss: all logits, PyTorch's chunks, our tiles.
 
-    python benchmarks/bench_head_loss.py [--rows 2048]
+    python benchmarks/bench_head_loss.py [--rows 2048] [--repeats 3]
 
 V 128,256 and D 256, one thread, seconds of the processor. Each contender runs
-forward and backward in a process of its own. Memory is what the process' peak
-stands above its start, with the gradients of hidden and weight (127 MiB in
-float32). Writes benchmarks/results/head_loss.json.
+forward and backward in processes of its own, of which the median counts: the
+allocator's part in the peak differs from one to the next. Memory is what the
+process' peak stands above its start, with the gradients of hidden and weight
+(127 MiB in float32). Writes benchmarks/results/head_loss.json.
 """
 
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -77,6 +79,7 @@ def child(name, dtype, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -88,7 +91,12 @@ def main():
     results = {}
     for dtype in ("float32", "bfloat16"):
         for name in ("plain", "torch", "ours"):
-            found = child(name, dtype, args.rows)
+            runs = [child(name, dtype, args.rows) for _ in range(args.repeats)]
+            found = {
+                key: statistics.median(run[key] for run in runs)
+                for key in ("loss", "seconds", "mib")
+            }
+            found["mib_of_each"] = [run["mib"] for run in runs]
             results[f"{name} {dtype}"] = found
             print(f"{name} {dtype}: {found}", flush=True)
     ratios = {

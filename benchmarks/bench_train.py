@@ -4,7 +4,7 @@
         [--litgpt FOLDER] [--rounds 9] [--threads 1]
 
 AdamW (fused) and clipping; random tokens. In every round each contender takes
-one step in the same process; a ratio is that of the medians. The ladder goes
+one step in the same process, in random order; a ratio is that of the medians. The ladder goes
 from plain eager float32 to everything that chapter 19 has, one switch per row.
 The peers are ours, as `speed_up` leaves it, beside transformers with each of
 its attentions that a CPU can train ("sdpa" is the default), and beside litgpt
@@ -19,6 +19,7 @@ Writes benchmarks/results/train_speed.json (ladder) and train_peers.json, each
 shape under its name.
 """
 
+import random
 import statistics
 import sys
 import time
@@ -212,9 +213,14 @@ def texts(number, shape):
 
 
 def race(runners, rounds, shape, warm_up=2):
-    """Let each take a step in turn; forget the first rounds."""
+    """Let each take a step in turn; forget the first rounds.
+
+    Every round has an order of its own, since a step is slower after one that
+    left its memory in another state.
+    """
+    order = random.Random(0)
     for number, (x, y) in enumerate(texts(rounds + warm_up, shape), start=1):
-        for runner in runners:
+        for runner in order.sample(runners, len(runners)):
             runner.step(x, y)
         print(f"round {number} of {rounds + warm_up}", flush=True)
     for runner in runners:

@@ -328,6 +328,7 @@ def loss_speed(part, V, D, rows, words=None):
             fast.tile_size = lambda V, device: (
                 default(V, device)[0],
                 -(-V // tiles),
+                1,
             )
         peak = peak_bytes(work, device)
         seconds = median_seconds(work, device, 3 if part.tiny else 10, 1)

@@ -243,7 +243,7 @@ def make_config(**changes):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles, and PyTorch's lazy imports done before the trace."""
-    monkeypatch.setattr(training, "tile_size", lambda *_: tuple(TILE.values()))
+    monkeypatch.setattr(training, "tile_size", lambda *_: (*TILE.values(), 2))
     net = LlamaForCausalLM(make_config())
     ids = torch.zeros(1, 2, dtype=torch.long)
     net(ids, targets=ids).backward()

@@ -88,62 +88,64 @@ def blocked_attention(q, k, v, attention_mask=None):
 def tile_size(vocab_size, device):
     """Rows R and words M of one tile of logits; all tiles are equally wide.
 
-    A tile is about 4 or 8 MiB on a CPU, near its cache, and up to 256 MiB on
-    a GPU, which needs large products.
+    A tile is 2 MiB in float32 on a CPU, near its cache, and up to 256 MiB on
+    a GPU, which needs large products. The third number says how many tiles
+    the second pass gets from the first: all, if a CPU's rows fit in 64 MiB.
     """
-    if device.type == "cuda":
-        rows, most = 4096, 16_384
-    else:
-        rows, most = (512 if vocab_size <= 4096 else 256), 4096
+    on_gpu = device.type == "cuda"
+    rows, most = (4096, 16_384) if on_gpu else (512, 1024)
     tiles = -(-vocab_size // most)
-    return rows, -(-vocab_size // tiles)
+    few = not on_gpu and 4 * rows * vocab_size <= 64 * 2**20
+    return rows, -(-vocab_size // tiles), tiles if few else 1
 
 
-def find_normaliser(h, weight, tiles):
+def find_normaliser(h, weight, tiles, keep):
     """First pass: log of the summed exponentials of each row.
 
     Args:
         h: [R, D]; weight: [V, D], in the same dtype.
         tiles: slices that cut up the vocabulary.
+        keep: for how many tiles, the last ones, logits are kept.
 
     Returns:
-        float32 [R, 1], and the logits of the last tile [R, M], for reuse.
+        float32 [R, 1], and a list of the kept tiles' logits [R, M].
     """
     normaliser = torch.full_like(h[:, :1], -torch.inf).float()  # [R, 1]
+    kept = []
     for words in tiles:
-        logits = None  # frees a tile before the next is made
-        logits = (h @ weight[words].T).float()  # [R, M]
-        part = logits.logsumexp(-1, keepdim=True)  # [R, 1]
+        if len(kept) == keep:  # frees a tile before the next is made
+            kept.pop(0)
+        kept.append(h @ weight[words].T)  # [R, M]
+        part = kept[-1].float().logsumexp(-1, keepdim=True)  # [R, 1]
         normaliser = torch.logaddexp(normaliser, part)  # [R, 1]
-    return normaliser, logits  # [R, 1], [R, M]
+    return normaliser, kept  # [R, 1], [R, M]
 
 
 def to_gradient(logits, normaliser, targets, words):
-    """Turn a tile of logits into its gradient, in place: softmax - [target].
+    """Turn a tile of logits into its gradient, softmax - [target].
+
+    Float32 logits are overwritten.
 
     Args:
         logits: [R, M]; normaliser, targets: [R, 1].
         words: slice of the vocabulary that the tile covers.
     """
-    grad = logits.sub_(normaliser).exp_()  # [R, M]
+    grad = logits.float().sub_(normaliser).exp_()  # [R, M]
     column = targets - words.start  # [R, 1]
     is_here = (column >= 0) & (column < grad.shape[1])  # [R, 1]
     column = column.clamp(0, grad.shape[1] - 1)  # [R, 1]
-    return grad.scatter_add_(1, column, -is_here.float())  # [R, M]
+    grad.scatter_add_(1, column, -is_here.float())
+    return grad.to(logits.dtype)  # [R, M]
 
 
-def cast_in_place(table, dtype, tiles):
-    """The table [V, D] in another dtype, in its own memory if that is smaller.
+def cast_and_join(parts, dtype):
+    """One table [V, D] in `dtype` from a list of its parts [M, D].
 
-    Args: tiles: slices that cut up the rows, in order.
+    Each part is freed as soon as it is cast.
     """
-    if dtype.itemsize >= table.dtype.itemsize:
-        return table.to(dtype)  # [..., D]
-    flat = table.view(dtype).flatten()  # [...]
-    small = flat[: table.numel()].view(table.shape)  # [..., D]
-    for words in tiles:
-        small[words] = table[words].to(dtype)
-    return small  # [..., D]
+    for k, part in enumerate(parts):
+        parts[k] = part.to(dtype)  # [M, D]
+    return torch.cat(parts)  # [V, D]
 
 
 def loss_and_gradients(
@@ -162,32 +164,35 @@ def loss_and_gradients(
     """
     w = weight.to(dtype)  # [V, D]
     V, D = w.shape
-    R, M = tile_size(V, w.device)
+    R, M, keep = tile_size(V, w.device)
     tiles = [slice(i, min(i + M, V)) for i in range(0, V, M)]
     counts = (targets != -100)[:, None]  # [B*T, 1]
     share = counts / counts.sum()  # [B*T, 1]
     loss = torch.zeros((), device=weight.device)  # []
-    n, v = (len(hidden), V) if wanted else (0, 0)
-    grad_h = torch.zeros(n, D, device=w.device)  # [..., D]
-    grad_w = torch.zeros(v, D, device=w.device)  # [..., D]
+    grad_h = torch.zeros(wanted * len(hidden), D, device=w.device)  # [..., D]
+    if small := weight.dtype.itemsize < 4:  # a sum of its own for each tile
+        sums = weight[: wanted * V].split(M)
+        sums = [torch.zeros_like(x, dtype=torch.float32) for x in sums]
+    else:
+        grad_w = torch.zeros(wanted * V, D, device=w.device)  # [..., D]
+        sums = list(grad_w.split(M))
     for i in range(0, len(hidden), R):
         rows = slice(i, i + R)
         h, y = hidden[rows].to(dtype), targets[rows, None]  # [R, D], [R, 1]
-        normaliser, logits = find_normaliser(h, w, tiles)  # [R, 1], [R, M]
+        normaliser, kept = find_normaliser(h, w, tiles, keep)  # [R, 1]
         right = w[y[:, 0].clamp(min=0)].float()  # [R, D]
         target_logit = (h.float() * right).sum(-1, keepdim=True)  # [R, 1]
         loss = loss + ((normaliser - target_logit) * share[rows]).sum()  # []
         h_share = (h * share[rows]).to(dtype)  # [R, D]
-        for words in reversed(tiles) if wanted else ():
-            if words is not tiles[-1]:
-                logits = (h @ w[words].T).float()  # [R, M]
-            g = to_gradient(logits, normaliser, y, words).to(dtype)  # [R, M]
+        for k, words in reversed([*enumerate(tiles)]) if wanted else ():
+            logits = kept.pop() if kept else h @ w[words].T  # [R, M]
+            g = to_gradient(logits, normaliser, y, words)  # [R, M]
             grad_h[rows] += (g @ w[words]) * share[rows]
-            grad_w[words] += g.T @ h_share
+            sums[k] += g.T @ h_share  # [M, D]
             del g, logits  # before the next tile is made
-    grad_h = grad_h.to(hidden.dtype)  # [..., D]
-    grad_w = cast_in_place(grad_w, weight.dtype, tiles)  # [..., D]
-    return loss, grad_h, grad_w  # [], [..., D], [..., D]
+    if small:
+        grad_w = cast_and_join(sums, weight.dtype)  # [..., D]
+    return loss, grad_h.to(hidden.dtype), grad_w  # [], [..., D], [..., D]
 
 
 as_one_operation = torch.library.custom_op(
@@ -255,8 +260,7 @@ LARGE_VOCABULARY = 65_536
 def speed_up(model, device=None, dtype=None):
     """Swap in, from outside, what was measured to pay; same results.
 
-    - CPU, bfloat16: attention in blocks, loss in tiles.
-    - CPU, float32: nothing; PyTorch's own is faster.
+    - CPU: loss in tiles; in bfloat16 attention in blocks, too.
     - CUDA: PyTorch's attention stays; with a vocabulary above
       LARGE_VOCABULARY, loss in tiles, since it saves gigabytes.
 
@@ -270,9 +274,9 @@ def speed_up(model, device=None, dtype=None):
     """
     device = torch.device(device or model.output_weight.device)
     dtype = dtype or model.output_weight.dtype
-    on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+    on_cpu = device.type == "cpu"
     large = len(model.output_weight) > LARGE_VOCABULARY
-    if on_cpu:
+    if on_cpu and dtype == torch.bfloat16:
         for module in model.modules():
             if isinstance(module, LlamaAttention):
                 module.attend = blocked_attention

@@ -73,7 +73,7 @@ def plan(
         cpu, fast = device.type == "cpu", not config.plain
         blocks = fast and cpu and half
         large = fast and device.type == "cuda" and V > LARGE_VOCABULARY
-        tiles = tp == 1 and (blocks or large)
+        tiles = tp == 1 and ((cpu and fast) or large)
         block = activation_bytes(llama, T, dtype, blocks, tp, shards > 1)
         if hasattr(llama, "extra_activation_bytes"):  # experts, chapter 26
             block += llama.extra_activation_bytes(dtype)
@@ -85,8 +85,10 @@ def plan(
         if tp > 1:  # the loss over a cut vocabulary
             parts["logits"] = rows * V * 14 // tp
         if tiles:
-            tile = 2**23 if cpu else 2**28
-            parts["logits"] = 4 * V * D + 3 * min(tile, 4 * rows * V)
+            tile = 2**21 if cpu else 2**28
+            kept = a * 512 * V if cpu and 4 * 512 * V <= 2**26 else 0
+            sizes = min(kept, a * rows * V) + 3 * min(tile, 4 * rows * V)
+            parts["logits"] = 4 * V * D + sizes
     return parts
 
 
