@@ -17,6 +17,10 @@ import subprocess
 import sys
 import time
 
+from llama_tut.tools import cli
+from llama_tut.tools.files import require
+from llama_tut.tools.machine import write_result
+
 V, D = 128_256, 256
 
 
@@ -77,17 +81,16 @@ def child(name, dtype, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    require(min(args.rows, args.repeats) > 0, "numbers must be at least 1")
     if args.contender:
         measure(args.contender, args.dtype, args.rows)
         return
-    from llama_tut.tools.machine import write_result
-
     results = {}
     for dtype in ("float32", "bfloat16"):
         for name in ("plain", "torch", "ours"):
@@ -120,4 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

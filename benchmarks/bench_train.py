@@ -4,12 +4,12 @@
         [--litgpt FOLDER] [--rounds 9] [--threads 1]
 
 AdamW (fused) and clipping; random tokens. In every round each contender takes
-one step in the same process, in random order; a ratio is that of the medians. The ladder goes
-from plain eager float32 to everything that chapter 19 has, one switch per row.
-The peers are ours, as `speed_up` leaves it, beside transformers with each of
-its attentions that a CPU can train ("sdpa" is the default), and beside litgpt
-where a folder has it, all from the same weights, in float32 and bfloat16
-autocast, eager and compiled. litgpt 0.5.13 wants packages that this project
+one step in the same process, in random order; a ratio is that of the medians.
+The ladder goes from plain eager float32 to everything that chapter 19 has, one
+switch per row. The peers are ours, as `speed_up` leaves it, beside transformers
+with each of its attentions that a CPU can train ("sdpa" is the default), and
+beside litgpt where a folder has it, all from the same weights, in float32 and
+bfloat16 autocast, eager and compiled. litgpt 0.5.13 wants packages that this project
 does not; it goes into a folder of its own, and only this script reads it:
 
     pip install --no-deps --target FOLDER litgpt==0.5.13 lightning \\
@@ -215,8 +215,8 @@ def texts(number, shape):
 def race(runners, rounds, shape, warm_up=2):
     """Let each take a step in turn; forget the first rounds.
 
-    Every round has an order of its own, since a step is slower after one that
-    left its memory in another state.
+    Every round has an order of its own, so that nobody always follows the
+    same neighbour.
     """
     order = random.Random(0)
     for number, (x, y) in enumerate(texts(rounds + warm_up, shape), start=1):

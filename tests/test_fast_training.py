@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from llama_tut.attention import LlamaAttention, attend, causal_mask
 from llama_tut.config import LlamaConfig
+from llama_tut.fast import training
 from llama_tut.fast.training import (
     blocked_attention,
     head_loss,
@@ -15,6 +16,8 @@ from llama_tut.fast.training import (
     tile_size,
 )
 from llama_tut.model import LlamaForCausalLM, next_token_loss
+from llama_tut.tools import memory
+from llama_tut.tools.options import TrainConfig
 
 B, H, K, C = 2, 6, 2, 8
 CONFIG = LlamaConfig(
@@ -162,7 +165,9 @@ def test_a_fast_model_computes_the_same(tied, autocast, compiled):
         LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": tied})
     )
     fast = speed_up(copy.deepcopy(plain), dtype=torch.bfloat16)
-    assert fast.compute_loss is head_loss
+    assert fast.compute_loss is training.tiles_if_eager
+    if compiled:
+        fast.compute_loss = head_loss  # as a very large vocabulary has it
     assert fast.model.layers[1].self_attn.attend is blocked_attention
     run = fast
     if compiled:
@@ -195,7 +200,7 @@ def test_a_fast_model_with_a_cache_and_with_padding():
     """In bfloat16: pieces of a text, and rows with padding in front."""
     plain = LlamaForCausalLM(CONFIG).bfloat16()
     fast = speed_up(copy.deepcopy(plain))
-    assert fast.compute_loss is head_loss
+    assert fast.compute_loss is training.tiles_if_eager
     ids, _ = text()
     with torch.no_grad():
         whole = plain(ids)
@@ -253,6 +258,42 @@ def test_what_is_swapped_where(device, dtype, vocab_size, expected):
     assert speed_up(model, device=device, dtype=dtype) is model
     assert swapped(model) == expected
     assert list(model.state_dict()) == state
+
+
+def test_compiled_on_a_cpu_the_loss_is_the_plain_one():
+    """The compiled graph has no tiles, unless the vocabulary is very large."""
+    torch._dynamo.reset()
+    operations = set()
+
+    def look(graph, _):
+        operations.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    for vocab_size, tiles in ((97, False), (65_537, True)):
+        operations.clear()
+        config = LlamaConfig(**{**vars(CONFIG), "vocab_size": vocab_size})
+        model = speed_up(LlamaForCausalLM(config))
+        ids, targets = text()
+        found = torch.compile(model, backend=look)(ids, targets=targets)
+        names = " ".join(operations)
+        assert ("cross_entropy" not in names) == tiles
+        torch.testing.assert_close(found, model(ids, targets=targets))
+
+
+def test_the_memory_plan_knows_the_tiles():
+    """Its numbers stand there once more, since it may not import chapter 19."""
+    assert memory.LARGE_VOCABULARY == training.LARGE_VOCABULARY
+    config = TrainConfig(sequence_length=2048, micro_batch_size=8)
+    for vocab_size in (4096, 32_768, 32_769, 128_256):
+        llama = LlamaConfig(vocab_size, 64, 96, 1, 2)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(llama)
+        device = torch.device("cpu")
+        found = memory.plan(config, model, device, torch.float32)["logits"]
+        rows, words, keep = tile_size(vocab_size, device)
+        kept = 4 * rows * vocab_size if keep > 1 else 0
+        right = 4 * vocab_size * 64 + kept + 3 * 4 * rows * words
+        assert right <= found < 1.05 * right
 
 
 def test_one_fast_model_leaves_the_others_alone():

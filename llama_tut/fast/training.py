@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from llama_tut.attention import LlamaAttention, causal_mask
+from llama_tut.model import next_token_loss
 
 # Fold: the heads of a group become rows
 
@@ -257,12 +258,21 @@ def head_loss(hidden, weight, targets):
 LARGE_VOCABULARY = 65_536
 
 
+def tiles_if_eager(hidden, weight, targets):
+    """`head_loss`, but `next_token_loss` in code that is compiled -> []."""
+    compiled = torch.compiler.is_compiling()
+    loss = next_token_loss if compiled else head_loss
+    return loss(hidden, weight, targets)  # []
+
+
 def speed_up(model, device=None, dtype=None):
     """Swap in, from outside, what was measured to pay; same results.
 
-    - CPU: loss in tiles; in bfloat16 attention in blocks, too.
-    - CUDA: PyTorch's attention stays; with a vocabulary above
-      LARGE_VOCABULARY, loss in tiles, since it saves gigabytes.
+    - CPU: loss in tiles where it is not compiled; in bfloat16 attention in
+      blocks, too.
+    - CUDA: nothing; PyTorch's own is faster.
+    - Both: with a vocabulary above LARGE_VOCABULARY, loss in tiles, since it
+      saves gigabytes.
 
     Args:
         model: a `LlamaForCausalLM`, changed in place.
@@ -275,12 +285,14 @@ def speed_up(model, device=None, dtype=None):
     device = torch.device(device or model.output_weight.device)
     dtype = dtype or model.output_weight.dtype
     on_cpu = device.type == "cpu"
-    large = len(model.output_weight) > LARGE_VOCABULARY
     if on_cpu and dtype == torch.bfloat16:
         for module in model.modules():
             if isinstance(module, LlamaAttention):
                 module.attend = blocked_attention
-    if on_cpu or (device.type == "cuda" and large):
+    if on_cpu:
+        model.compute_loss = tiles_if_eager
+    large = len(model.output_weight) > LARGE_VOCABULARY
+    if large and device.type in ("cpu", "cuda"):
         model.compute_loss = head_loss
     return model
 

@@ -72,8 +72,8 @@ def plan(
         # where chapter 19's parts are used
         cpu, fast = device.type == "cpu", not config.plain
         blocks = fast and cpu and half
-        large = fast and device.type == "cuda" and V > LARGE_VOCABULARY
-        tiles = tp == 1 and ((cpu and fast) or large)
+        large = V > LARGE_VOCABULARY and device.type in ("cpu", "cuda")
+        tiles = fast and tp == 1 and (large or (cpu and not config.compile))
         block = activation_bytes(llama, T, dtype, blocks, tp, shards > 1)
         if hasattr(llama, "extra_activation_bytes"):  # experts, chapter 26
             block += llama.extra_activation_bytes(dtype)
