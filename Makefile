@@ -22,7 +22,7 @@ help: ## list the targets
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test,fast]'
 	@touch $@
 
-train: .venv ## prepare text, pretrain a small LLaMA on two ranks, show what it learned
+train: .venv ## prepare text, pretrain a small LLaMA, show what it learned
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash scripts/make_train.sh
 
 test: .venv ## every test, and every notebook run and compared with its committed outputs
