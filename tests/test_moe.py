@@ -376,7 +376,9 @@ def test_a_folder_of_another_router(change, message, tmp_path):
         load_pretrained(tmp_path)
 
 
+# Plain, because `run` below swaps nothing in.
 RUN = OPTIONS | {
+    "plain": True,
     "mlp": "deepseek",
     "experts": 8,
     "experts_per_token": 2,
