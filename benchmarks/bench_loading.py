@@ -3,11 +3,14 @@
     python benchmarks/bench_loading.py [--rounds 5]
 
 The ways: plain (build a model, read the file, copy), llama_tut, transformers.
-Each load runs in a process of its own, in turn. The process first loads a tiny
-model in the same way, so that imports do not count. Then it notes its memory,
-loads the default model, reads every weight once (a mapped file costs nothing
-before that), and notes the peak, all on Linux. Writes
-benchmarks/results/loading.json, which chapter 9 reads.
+The default model's file is in float32; it is loaded as it is, cast to bfloat16,
+and, from a copy that is stored in bfloat16, as it is again. Each load runs in a
+process of its own, in turn. The process first loads a tiny model in the same
+way, so that imports do not count. Then it notes its memory, loads the model,
+reads every weight once (a mapped file costs nothing before that), and notes the
+peak, all on Linux. Threads are as they come: transformers starts some for its
+loading, whatever PyTorch is told. Writes benchmarks/results/loading.json, which
+chapter 9 reads.
 """
 
 import argparse
@@ -16,12 +19,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
+
+import torch
 
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
-from llama_tut.weights import save_pretrained
+from llama_tut.weights import load_pretrained, save_pretrained
 
 CHILD = """
 import json, sys, time
@@ -44,7 +50,6 @@ def plain(folder, dtype):
 def by_transformers(folder, dtype):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
-torch.set_num_threads(1)
 way, tiny, folder, dtype = sys.argv[1:]
 ways = {"plain": plain, "llama_tut": load_pretrained}
 load = ways.get(way, by_transformers)
@@ -80,28 +85,31 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    folder = find_pretrained()
-    cases = [
-        (way, dtype)
-        for dtype in ("float32", "bfloat16")
-        for way in ("plain", "llama_tut", "transformers")
-    ]
-    found = {case: [] for case in cases}
-    with tempfile.TemporaryDirectory() as tiny:
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        tiny, half = Path(scratch, "tiny"), Path(scratch, "half")
         save_pretrained(LlamaForCausalLM(LlamaConfig()), tiny)
+        save_pretrained(load_pretrained(dtype=torch.bfloat16), half)
+        whole = find_pretrained()
+        cases = {
+            "float32": (whole, "float32"),
+            "float32 to bfloat16": (whole, "bfloat16"),
+            "bfloat16": (half, "bfloat16"),
+        }
         for _ in range(args.rounds):
-            for way, dtype in cases:
-                runs = found[way, dtype]
-                runs.append(load(way, tiny, folder, dtype))
+            for case, (folder, dtype) in cases.items():
+                for way in ("plain", "llama_tut", "transformers"):
+                    runs = found.setdefault(f"{way}, {case}", [])
+                    runs.append(load(way, tiny, folder, dtype))
     rows = {}
-    for (way, dtype), runs in found.items():
+    for name, runs in found.items():
         row = {
             key: round(statistics.median(run[key] for run in runs), 3)
             for key in runs[0]
         }
         row["peak_ratio"] = round(row["peak_mib"] / row["weights_mib"], 2)
-        rows[f"{way} {dtype}"] = row
-        print(way, dtype, row)
+        rows[name] = row
+        print(name, row)
     write_result("loading", {"rounds": args.rounds, "rows": rows})
 
 

@@ -112,10 +112,10 @@ def tensor_table(folder):
 def read_tensors(table, names, dtype=None, device=None):
     """Yield (name, tensor) for tensors that must be cast, moved or copied.
 
-    They are read in pieces of 4 MiB: casting them out of the map would keep
+    They are read in pieces of 1 MiB: casting them out of the map would keep
     the pages of the original beside the result.
     """
-    piece = torch.empty(2**22, dtype=torch.uint8)
+    piece = torch.empty(2**20, dtype=torch.uint8)
     for path in {table[name].path: None for name in names}:
         with open(path, "rb") as file:
             for name in names:
