@@ -154,7 +154,7 @@ def llama_cpp_contenders(folder, scratch, threads):
         try:
             file = convert_to_gguf(folder, scratch / dtype, dtype)
             server = llama_cpp_server(file, threads)
-        except (ImportError, FileNotFoundError):
+        except ImportError:
             print("llama.cpp: not installed, left out")
             return {}
         found[f"llama.cpp {dtype}"] = partial(by_llama_cpp, server)

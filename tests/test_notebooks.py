@@ -45,9 +45,34 @@ def test_executed_in_order(notebook):
 def test_metadata_is_tidy(notebook):
     assert notebook.metadata.kernelspec.name == "python3"
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata.language_info.version.startswith("3.11.")
     name = notebook.path.stem.split("_", 1)[1]
     ids = [cell.id for cell in notebook.cells]
     assert ids == [f"{name}-{i:02d}" for i in range(1, len(ids) + 1)]
+
+
+def test_outputs_from_pythons_texts_are_compared_under_their_python(request):
+    other_texts = next(
+        plugin.other_texts
+        for plugin in request.config.pluginmanager.get_plugins()
+        if getattr(plugin, "__file__", None) == str(ROOT / "conftest.py")
+    )
+    there = {"language_info": {"name": "python", "version": "3.11.7"}}
+    source = "from pydoc_data.topics import topics"
+    reads = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source)], metadata=there
+    )
+    only_says = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell(source)], metadata=there
+    )
+    assert other_texts(reads, "3.11.2") and not other_texts(reads, "3.11.7")
+    assert not other_texts(only_says, "3.11.2")
+    through = {
+        path.stem[:2]
+        for path in NOTEBOOKS
+        if other_texts(nbformat.read(path, as_version=4), "3.11.2")
+    }
+    assert through == {"01", "12", "13", "18", "22", "23", "26", "27"}
 
 
 def test_outputs_are_small_and_clean(notebook):
