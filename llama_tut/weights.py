@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
@@ -98,7 +99,10 @@ def load_state(model, table, dtype=None, device="cpu"):
         cast = dtype is not None and kinds != {str(dtype)}
         if cast or torch.device(device).type != "cpu":
             stored = dict(read_tensors(table, state, dtype, device))
-        model.load_state_dict(stored, assign=True)
+        modules = dict(model.named_modules())
+        for name, tensor in stored.items():
+            path, _, last = name.rpartition(".")
+            setattr(modules[path], last, nn.Parameter(tensor))
         return model
     for name, here in state.items():
         there = stored[name].dtype

@@ -1,9 +1,10 @@
 """Devices: which one, which dtype is fast there, its peak, and models without memory."""
 
 from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from llama_tut.tools.files import require
 
@@ -68,21 +69,15 @@ def choose_device(name="auto", local_rank=0, ranks_here=1):
     return torch.device(name, local_rank if name == "cuda" else None)
 
 
-class NoInit(TorchFunctionMode):
-    """While this is active, the functions of `torch.nn.init` do nothing."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Leave out `torch.nn.init`; pass on everything else."""
-        if getattr(function, "__module__", None) != "torch.nn.init":
-            return function(*args, **(kwargs or {}))
-
-
 @contextmanager
 def without_memory():
     """Modules that are built in here are on the device meta.
 
-    There is nothing to initialise there, and yet the first `normal_` on meta
-    makes PyTorch import its compiler: 800 modules, 60 MB, half a second.
+    There is nothing to initialise there, so the functions of `torch.nn.init`
+    do nothing. (The first `normal_` on meta would make PyTorch import its
+    compiler: 800 modules, 60 MB, half a second.)
     """
-    with torch.device("meta"), NoInit():
+    names = [name for name in nn.init.__all__ if name.endswith("_")]
+    nothing = dict.fromkeys(names, lambda tensor, *args, **kwargs: tensor)
+    with torch.device("meta"), patch.multiple(nn.init, **nothing):
         yield
