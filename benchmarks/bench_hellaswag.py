@@ -12,9 +12,10 @@ speed  Beside lm-evaluation-harness's way, in turn in one process: as in
        `HFLM._loglikelihood_tokens` of version 0.4.13, transformers' model in
        float32, one row for each ending, sorted by length, sixteen rows per
        batch, log-softmax of all logits. Ours: plain and packed rows, float32
-       and bfloat16, matrices as they lie and in oneDNN's order. In every group
-       of examples each contender scores the same ones; the ratio is that of
-       the medians. Writes results/hellaswag_speed.json.
+       and bfloat16, matrices as they lie and in oneDNN's order, which in
+       bfloat16 goes with chapter 19's attention, as in scripts/evaluate.py. In
+       every group of examples each contender scores the same ones; the ratio
+       is that of the median seconds an example. Writes results/hellaswag_speed.json.
 faults The first examples scored rightly and with three faults of the scorer.
        Writes predictions, one digit an example: results/hellaswag_faults.json.
 whole  Compares the predictions of scripts/evaluate.py for all examples, with
@@ -83,6 +84,7 @@ def contenders(folder):
 
     from llama_tut.fast.generation import pack_weights
     from llama_tut.fast.scoring import score_packed
+    from llama_tut.fast.training import speed_up
     from llama_tut.hellaswag import score_items, score_rows
     from llama_tut.weights import load_pretrained
 
@@ -91,7 +93,7 @@ def contenders(folder):
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         model = load_pretrained(folder, dtype).eval()
-        other = pack_weights(load_pretrained(folder, dtype).eval())
+        other = speed_up(pack_weights(load_pretrained(folder, dtype).eval()))
         for title, one, way in (
             (f"four rows, {name}", model, score_rows),
             (f"packed, {name}", model, score_packed),
@@ -101,14 +103,14 @@ def contenders(folder):
     return found
 
 
-def speed_row(found, reference, seconds, base, group):
+def speed_row(found, reference, seconds, base):
     """What the result file says of one contender."""
     from llama_tut.hellaswag import accuracy
 
     pairs = list(zip(found, reference, strict=True))
     middle = statistics.median(seconds)
     return {
-        "examples_per_second": round(group / middle, 2),
+        "examples_per_second": round(1 / middle, 2),
         "ratio": round(base / middle, 2),
         **differences(pairs, 4),
         "acc": round(accuracy(found)[0], 4),
@@ -156,13 +158,12 @@ def speed(args):
         for name, run in runs.items():
             begin = time.perf_counter()
             found[name] += run(examples[part], items[part])
-            seconds[name].append(time.perf_counter() - begin)
+            took = time.perf_counter() - begin
+            seconds[name].append(took / len(examples[part]))
     first = next(iter(runs))
     base = statistics.median(seconds[first])
     rows = {
-        name: speed_row(
-            found[name], found[first], seconds[name], base, args.group
-        )
+        name: speed_row(found[name], found[first], seconds[name], base)
         for name in runs
     }
     for name, row in rows.items():
@@ -399,7 +400,7 @@ def main():
     add = command(speed)
     add("--file", help="a jsonl file (None: our 48)")
     add("--limit", type=int, default=96)
-    add("--group", type=int, default=32)
+    add("--group", type=int, default=128)
     add("--threads", type=int, default=1)
     add = command(faults)
     add("--file", required=True)

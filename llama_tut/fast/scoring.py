@@ -112,7 +112,7 @@ def read_packed(model, batch):
 
 
 @torch.no_grad()
-def score_packed(model, items, limit=None, rows_at_once=512):
+def score_packed(model, items, limit=None, rows_at_once=None):
     """As `hellaswag.score_rows`, but each context is computed once.
 
     Models that take no packed rows, and batches with an example that exceeds
@@ -121,7 +121,8 @@ def score_packed(model, items, limit=None, rows_at_once=512):
     Args:
         items: pairs (context, four endings) of ids, see `hellaswag.encode`.
         limit: the model's context, or None.
-        rows_at_once: rows that go through the head in one product.
+        rows_at_once: rows that go through the head in one product; None: 96
+            on a CPU, whose cache then holds most of their logits, else 512.
     """
     longest = max(len(c) + max(map(len, endings)) - 1 for c, endings in items)
     if not can_pack_rows(model) or (limit and longest > limit):
@@ -130,6 +131,7 @@ def score_packed(model, items, limit=None, rows_at_once=512):
     batch = Packed(*(tensor.to(device) for tensor in pack(items)))
     hidden, head = read_packed(model, batch)  # [B, T, D]
     hidden = hidden.flatten(0, 1)[batch.rows]  # [N, D]
+    rows_at_once = rows_at_once or (96 if device.type == "cpu" else 512)
     losses = []
     for rows, targets in zip(
         hidden.split(rows_at_once),

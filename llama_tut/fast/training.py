@@ -63,7 +63,8 @@ def blocked_attention(q, k, v, attention_mask=None):
     mask = attention_mask  # [..., T, S]
     if mask is not None:
         mask = mask.broadcast_to(B, 1, T, S)  # [B, 1, T, S]
-    size = max(32, -(-T // 8))  # queries of a block: at most 8 blocks
+    # Queries of a block: at most 8 blocks. With a mask they save only memory.
+    size = max(32 if mask is None else 256, -(-T // 8))
     if T <= size:
         return attend_block(q, k, v, mask)  # [B, H, T, C]
     blocks = q.split(size, dim=2)
