@@ -90,19 +90,19 @@ def compare_well(cell_class):
     exact = cell_class.compare_outputs
 
     def compare_outputs(self, test, ref, skip_compare=None):
-        python = platform.python_version()
-        if other_texts(self.parent.nb, python):
-            made_with = self.parent.nb.metadata.language_info.version
-            warnings.warn(
-                f"{self.parent.name} reads the texts of Python {made_with}, and "
-                f"this is {python}: its outputs were not compared",
-                stacklevel=1,
-            )
-            return True
         skip = skip_compare or self.parent.skip_compare
         if same_outputs(flatten(test, skip), flatten(ref, skip)):
             return True
-        return exact(self, test, ref, skip_compare)
+        python = platform.python_version()
+        if not other_texts(self.parent.nb, python):
+            return exact(self, test, ref, skip_compare)
+        made_with = self.parent.nb.metadata.language_info.version
+        warnings.warn(
+            f"{self.parent.name} reads the texts of Python {made_with}, and this "
+            f"is {python}: the outputs of cell {self.cell_num} differ",
+            stacklevel=1,
+        )
+        return True
 
     cell_class.compare_outputs = compare_outputs
 

@@ -122,7 +122,7 @@ def score_packed(model, items, limit=None, rows_at_once=None):
         items: pairs (context, four endings) of ids, see `hellaswag.encode`.
         limit: the model's context, or None.
         rows_at_once: rows that go through the head in one product; None: 96
-            on a CPU, whose cache then holds most of their logits, else 512.
+            on a CPU, where that was measured to be faster, else 512.
     """
     longest = max(len(c) + max(map(len, endings)) - 1 for c, endings in items)
     if not can_pack_rows(model) or (limit and longest > limit):
