@@ -43,6 +43,7 @@ from llama_tut.fast.generation import (
 from llama_tut.generate import Reader, generate, speculate
 from llama_tut.hellaswag import read_examples
 from llama_tut.tools import cli
+from llama_tut.tools.files import require
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained
@@ -190,6 +191,8 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", help="a folder; SmolLM2-135M if not given")
     args = parser.parse_args()
+    require(args.new > 0, "--new must be at least 1")
+    require(args.threads > 0, "--threads must be at least 1")
     torch.set_num_threads(args.threads)
     folder = find_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -140,9 +140,12 @@ def speed(args):
     from transformers import AutoTokenizer
 
     from llama_tut.hellaswag import encode, read_examples
+    from llama_tut.tools.files import require
     from llama_tut.tools.machine import write_result
     from llama_tut.tools.pretrained import find_pretrained
 
+    require(args.group > 0, "--group must be at least 1")
+    require(args.threads > 0, "--threads must be at least 1")
     torch.set_num_threads(args.threads)
     folder = find_pretrained()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -414,7 +417,11 @@ def main():
     add("--limit", type=int)
     add("--out", required=True, type=Path)
     args = parser.parse_args()
-    args.run(args)
+    if args.run is harness:  # its environment has no llama_tut
+        return harness(args)
+    from llama_tut.tools import cli
+
+    cli.run(partial(args.run, args))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ loading, whatever PyTorch is told. Writes benchmarks/results/loading.json, which
 chapter 9 reads.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -25,6 +24,8 @@ import torch
 
 from llama_tut.config import LlamaConfig
 from llama_tut.model import LlamaForCausalLM
+from llama_tut.tools import cli
+from llama_tut.tools.files import require
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained, save_pretrained
@@ -82,9 +83,10 @@ def load(way, *args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    require(args.rounds > 0, "--rounds must be at least 1")
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         tiny, half = Path(scratch, "tiny"), Path(scratch, "half")
@@ -114,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

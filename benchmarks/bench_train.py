@@ -322,6 +322,7 @@ def main():
     parser.add_argument("--litgpt", metavar="FOLDER", help="where it is")
     args = parser.parse_args()
     require(args.rounds > 0, "--rounds must be at least 1")
+    require(args.threads > 0, "--threads must be at least 1")
     torch.set_num_threads(args.threads)
     if args.litgpt:
         import_litgpt_from(args.litgpt)

@@ -13,7 +13,6 @@ benchmarks/results/read_alike.json, and tests/test_weights.py holds ours to
 them.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_tut.generate import generate
 from llama_tut.hellaswag import read_examples
+from llama_tut.tools import cli
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.pretrained import find_pretrained
 from llama_tut.weights import load_pretrained, save_pretrained
@@ -136,7 +136,7 @@ READERS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--new", type=int, default=24)
     args = parser.parse_args()
@@ -178,4 +178,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
