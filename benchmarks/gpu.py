@@ -11,6 +11,7 @@ benchmarks/results/ to have the book show them.
 
 import argparse
 import gc
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,10 @@ import statistics
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -33,6 +37,8 @@ from llama_tut.tools.files import (
 from llama_tut.tools.machine import describe
 
 ROOT = Path(__file__).resolve().parent.parent
+# Where a part finds modules: here, and where this process was told to look.
+PATH = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
 
 # What a part gets
 
@@ -40,14 +46,19 @@ ROOT = Path(__file__).resolve().parent.parent
 class Part:
     """Where a part writes, how large it may be, and how long it may take."""
 
-    def __init__(self, name, out, seconds, tiny, model=None, data=None):
-        self.path = Path(out) / f"gpu_{name}.json"
-        self.out, self.tiny = Path(out), tiny
-        self.model, self.data = model, data
-        self.end = time.monotonic() + seconds
-        cuda = torch.cuda.is_available() and not tiny
+    def __init__(self, name, args):
+        self.path = args.out / f"gpu_{name}.json"
+        self.out, self.tiny, self.rows = args.out, args.tiny, args.rows
+        self.model, self.data = args.model, args.data
+        self.tokenizer = args.tokenizer
+        self.end = time.monotonic() + args.seconds
+        cuda = torch.cuda.is_available() and not args.tiny
         self.device = torch.device("cuda" if cuda else "cpu")
-        self.numbers = {"machine": describe(), "tiny": tiny, "results": {}}
+        self.numbers = {"machine": describe(), "tiny": self.tiny}
+        kept = args.rows and self.path.exists()
+        self.numbers["results"] = (
+            read_json(self.path)["results"] if kept else {}
+        )
 
     def left(self):
         """Seconds until this part is ended."""
@@ -61,6 +72,8 @@ class Part:
 
     def attempt(self, name, measure, *args, least=0, **options):
         """Record what `measure` returns, or why it could not."""
+        if self.rows and not any(fnmatch(name, row) for row in self.rows):
+            return None
         if self.left() < least:
             return self.record(name, {"left out": f"{least} s are not left"})
         try:
@@ -125,11 +138,14 @@ def ceilings(part):
 
 
 def tests(part):
-    """pytest -k cuda."""
-    where = "tests/test_on_cuda.py" if part.tiny else "tests"
+    """pytest -k cuda, in the files that have the word."""
+    files = [ROOT / "tests" / "test_on_cuda.py"]
+    if not part.tiny:
+        files = sorted((ROOT / "tests").rglob("test_*.py"))
+        files = [file for file in files if "cuda" in file.read_text()]
     command = [
-        *(sys.executable, "-m", "pytest", where, "-k", "cuda"),
-        *("-p", "no:cacheprovider", "--continue-on-collection-errors"),
+        *(sys.executable, "-m", "pytest", *map(str, files), "-k", "cuda"),
+        *("-p", "no:cacheprovider", "--show-capture=no"),
     ]
     done = subprocess.run(
         command,
@@ -161,42 +177,83 @@ def build(shape, V, T, device):
         return LlamaForCausalLM(config)
 
 
-def swap(model, attention=False, loss=False):
-    """Swap in blocked attention, the loss by tiles, or both."""
+def cudnn_attention(q, k, v, attention_mask=None):
+    """Chapter 5's `attend` by cuDNN's kernel, where there is one."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from llama_tut.attention import attend
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        return attend(q, k, v, attention_mask)
+
+
+def swap(model, attention=None, loss=False):
+    """Swap in another attention ("blocks", "cudnn"), the loss by tiles, or both."""
     from llama_tut.attention import LlamaAttention
     from llama_tut.fast.training import blocked_attention, head_loss
 
+    kinds = {"blocks": blocked_attention, "cudnn": cudnn_attention}
     for module in model.modules():
         if attention and isinstance(module, LlamaAttention):
-            module.attend = blocked_attention
+            module.attend = kinds[attention]
     if loss:
         model.compute_loss = head_loss
 
 
-def training_speed(part, shape, V, T, B, compiled=False, wrap=None, **swaps):
-    """Tokens per second, MFU and memory of whole steps in bfloat16.
+class Peer(torch.nn.Module):
+    """transformers' model with the weights of ours, called like ours."""
+
+    def __init__(self, model, device):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        config = LlamaConfig(**model.config.to_hf(), use_cache=False)
+        config._attn_implementation = "sdpa"
+        with device:
+            self.inner = LlamaForCausalLM(config)
+        self.inner.load_state_dict(model.state_dict(), strict=False)
+
+    def forward(self, ids, targets):
+        """ids [B, T], targets [B, T] -> mean loss []."""
+        targets = targets.contiguous()
+        given = {"labels": targets, "shift_labels": targets}
+        return self.inner(input_ids=ids, **given).loss
+
+
+def build_step(
+    part, shape, V, T, B, compiled=False, peer=False, wrap=None, **swaps
+):
+    """(a function that takes a step and returns the loss, the model).
 
     Args:
         shape: of the model; V: vocabulary; T: tokens per row; B: rows per step.
-        compiled: whether torch.compile makes the step.
+        compiled: whether torch.compile makes the step; "parts": as training
+            does, layers and loss by themselves.
+        peer: whether transformers' model takes the step.
         wrap: called with the model, such as DDP.
         swaps: arguments of `swap`.
     """
     from llama_tut.optimizer import build_optimizer
-    from llama_tut.tools.devices import peak_flops
-    from llama_tut.tools.memory import plan
-    from llama_tut.tools.options import TrainConfig
+    from llama_tut.tools.compilation import InParts
 
     device = part.device
     model = build(shape, V, T, device)
     swap(model, **swaps)
-    optimizer = build_optimizer(model)
-    callee = wrap(model) if wrap else model
-    if compiled:  # in tiny mode the compiler's path, but no code by it
-        backend = "aot_eager" if part.tiny else "inductor"
+    callee = Peer(model, device) if peer else model
+    optimizer = build_optimizer(callee)
+    callee = wrap(callee) if wrap else callee
+    # In tiny mode the compiler's path, but no code by it.
+    backend = "aot_eager" if part.tiny else "inductor"
+    if compiled == "parts":
+        with mock.patch(
+            "torch.compile", partial(torch.compile, backend=backend)
+        ):
+            callee = InParts(callee)
+    elif compiled:
         callee = torch.compile(callee, backend=backend)
+    torch.manual_seed(1)  # the same tokens, whatever was built before
     ids = torch.randint(V, (B, T + 1), device=device)
-    losses = []
 
     def step():
         with torch.autocast(device.type, torch.bfloat16):
@@ -204,7 +261,39 @@ def training_speed(part, shape, V, T, B, compiled=False, wrap=None, **swaps):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        return loss.detach()
+
+    return step, model
+
+
+def planned_bytes(model, T, B, device, compiled=False, loss=False, **_):
+    """What the formula of chapter 18 says of a step."""
+    from llama_tut.tools.memory import plan
+    from llama_tut.tools.options import TrainConfig
+
+    config = TrainConfig(
+        sequence_length=T,
+        micro_batch_size=B,
+        tokens_per_step=B * T,
+        compile=bool(compiled),
+        plain=not loss,
+    )
+    return sum(plan(config, model, device, torch.bfloat16).values())
+
+
+def training_speed(part, shape, V, T, B, **options):
+    """Tokens per second, MFU and memory of whole steps in bfloat16.
+
+    Args: as in `build_step`.
+    """
+    from llama_tut.tools.devices import peak_flops
+
+    device = part.device
+    take_step, model = build_step(part, shape, V, T, B, **options)
+    losses = []
+
+    def step():
+        losses.append(take_step())
 
     began = time.perf_counter()
     step()
@@ -213,17 +302,12 @@ def training_speed(part, shape, V, T, B, compiled=False, wrap=None, **swaps):
     peak = peak_bytes(step, device)
     rounds = 2 if part.tiny else 10
     seconds = median_seconds(step, device, rounds, warm_up=1)
-    config = TrainConfig(
-        sequence_length=T, micro_batch_size=B, tokens_per_step=B * T
-    )
     found = {
         "tokens_per_second": B * T / seconds,
         "seconds_of_a_step": seconds,
         "seconds_of_the_first_step": first,
         "peak_bytes": peak,
-        "planned_bytes": sum(
-            plan(config, model, device, torch.bfloat16).values()
-        ),
+        "planned_bytes": planned_bytes(model, T, B, device, **options),
         "parameters": sum(p.numel() for p in model.parameters()),
         "first_loss": losses[0].item(),
         "last_loss": losses[-1].item(),
@@ -257,79 +341,139 @@ def sizes(part, name):
 LADDER = {
     "plain": {},
     "loss by tiles": {"loss": True},
-    "attention by blocks": {"attention": True},
+    "attention by blocks": {"attention": "blocks"},
+    "attention by cuDNN": {"attention": "cudnn"},
     "compiled": {"compiled": True},
-    "compiled, loss by tiles": {"compiled": True, "loss": True},
-    "compiled, attention by blocks": {"compiled": True, "attention": True},
+    "compiled in parts": {"compiled": "parts"},
+    "compiled in parts, loss by tiles": {"compiled": "parts", "loss": True},
+    "compiled, attention by cuDNN": {"compiled": True, "attention": "cudnn"},
+    "transformers": {"peer": True},
+    "transformers, compiled": {"peer": True, "compiled": True},
+    "transformers, compiled in parts": {"peer": True, "compiled": "parts"},
 }
 
 
 def training(part):
-    """124M, T 1024: eager and compiled, each fast part by itself."""
+    """124M, T 1024: eager and compiled, each part by itself, and a peer."""
     for name, options in LADDER.items():
-        least = 20 if options.get("compiled") and not part.tiny else 0
+        least = 40 if options.get("compiled") is True else 0
         part.attempt(
             name,
             training_speed,
             part,
             *sizes(part, "124m"),
-            least=least,
+            least=0 if part.tiny else least,
             **options,
         )
 
 
 def shapes(part):
-    """350M and a 1B shape, each as `speed_up` leaves it on a GPU or not."""
-    for name in ("350m", "1b"):
-        for how in ("plain", "loss by tiles", "compiled"):
-            part.attempt(
-                f"{name} {how}",
-                training_speed,
-                part,
-                *sizes(part, name),
-                least=25 if how == "compiled" and not part.tiny else 0,
-                **LADDER[how],
-            )
+    """350M and a 1B shape: plain, each switch, and both."""
+    hows = "plain", "loss by tiles", "compiled in parts"
+    hows = *hows, "compiled in parts, loss by tiles"
+    plans = [(name, how) for name in ("350m", "1b") for how in hows]
+    for name, how in [*plans, ("1b", "compiled")]:
+        part.attempt(
+            f"{name} {how}",
+            training_speed,
+            part,
+            *sizes(part, name),
+            least=70 if how == "compiled" and not part.tiny else 0,
+            **LADDER[how],
+        )
+
+
+# Where the time of a step goes
+
+KINDS = {
+    "matrix products": "gemm|nvjet|cutlass|xmma|cublas",
+    "attention": "flash|fmha|cudnn|sdpa",
+    "optimizer": "multi_tensor|adam",
+    "compiled by Triton": "triton",
+}
+
+
+def kernel_seconds(part, rounds=3, **options):
+    """Seconds of a step by kind of kernel, from torch's profiler.
+
+    On a CPU, where there are no kernels, by the operators' own time.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    step, _ = build_step(part, *sizes(part, "124m"), **options)
+    seconds = median_seconds(step, part.device, rounds)
+    cuda = part.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as found:
+        for _ in range(rounds):
+            step()
+        synchronize(part.device)
+    kinds, kernels = dict.fromkeys([*KINDS, "other"], 0.0), []
+    time_of = "self_device_time_total" if cuda else "self_cpu_time_total"
+    for event in found.key_averages():
+        own = getattr(event, time_of) / 1e6 / rounds
+        name = event.key.lower()
+        kind = (k for k, words in KINDS.items() if re.search(words, name))
+        kinds[next(kind, "other")] += own
+        kernels.append([event.key[:120], event.count / rounds, own])
+    kernels.sort(key=lambda kernel: -kernel[2])
+    return {
+        "seconds_of_a_step": seconds,
+        "seconds_by_kind": kinds,
+        "kernels_of_a_step": sum(count for _, count, _ in kernels),
+        "longest": kernels[:40],
+    }
+
+
+def profiles(part):
+    """A step of 124M by kind of kernel: plain, and what is fastest."""
+    for name in ("plain", "compiled in parts", "compiled"):
+        least = 40 if name == "compiled" and not part.tiny else 0
+        part.attempt(name, kernel_seconds, part, least=least, **LADDER[name])
 
 
 # The loss alone
 
 
-def loss_speed(part, V, D, rows, words=None):
+def loss_speed(part, V, D, rows, kind):
     """Milliseconds, forward and backward, and memory of the head's loss.
 
     Args:
-        words: width of a tile; 0 for the width that is the default, None for
-            plain cross entropy on all logits.
+        kind: "plain" on all logits, eager or "compiled"; "tiles", or "tiles
+            eager" without the compiler's kernels; "torch" for PyTorch's own.
     """
     from llama_tut.fast import training as fast
+    from llama_tut.model import next_token_loss
 
     device = part.device
     hidden = torch.randn(rows, D, device=device, requires_grad=True)
     weight = (0.02 * torch.randn(V, D, device=device)).requires_grad_()
     targets = torch.randint(V, (rows,), device=device)
-    default = fast.tile_size
+    backend = "aot_eager" if part.tiny else "inductor"
 
-    def loss():
-        if words is not None:
-            return fast.head_loss(hidden, weight, targets)
-        return F.cross_entropy((hidden @ weight.T).float(), targets)
+    def chunks(hidden, weight, targets):
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(hidden, weight, targets, options=options)
+
+    loss = {
+        "plain": next_token_loss,
+        "compiled": torch.compile(next_token_loss, backend=backend),
+        "torch": chunks,
+    }.get(kind, fast.head_loss)
 
     def work():
         with torch.autocast(device.type, torch.bfloat16):
-            value = loss()
+            value = loss(hidden, weight, targets)
         value.backward()
         hidden.grad = weight.grad = None
         return value
 
+    kernels = fast.log_sum_exp, fast.to_gradient
+    if kind == "tiles eager":
+        for kernel in kernels:
+            kernel.fast = kernel.function
     try:
-        if words:
-            tiles = -(-V // words)
-            fast.tile_size = lambda V, device: (
-                default(V, device)[0],
-                -(-V // tiles),
-                1,
-            )
+        work()
         peak = peak_bytes(work, device)
         seconds = median_seconds(work, device, 3 if part.tiny else 10, 1)
         return {
@@ -338,19 +482,22 @@ def loss_speed(part, V, D, rows, words=None):
             "loss": work().item(),
         }
     finally:
-        fast.tile_size = default
+        for kernel in kernels:
+            kernel.fast = None
 
 
 def head_loss(part):
-    """Plain cross entropy against tiles of several widths."""
+    """Plain cross entropy, eager and compiled, against tiles."""
     rows = 64 if part.tiny else 16_384
+    kinds = ["plain", "compiled", "tiles", "tiles eager"]
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since PyTorch 2.13
+        kinds.append("torch")
     for V, D in (
         ((512, 32),) if part.tiny else ((50_304, 768), (128_256, 2048))
     ):
-        widths = (None, 0, 128) if part.tiny else (None, 0, 8192, 32_768, V)
-        for words in widths:
-            how = {None: "plain", 0: "tiles"}.get(words, f"tiles of {words}")
-            part.attempt(f"V {V} {how}", loss_speed, part, V, D, rows, words)
+        for kind in kinds:
+            name = f"V {V} {kind}"
+            part.attempt(name, loss_speed, part, V, D, rows, kind)
 
 
 # One rank of many
@@ -364,7 +511,7 @@ def run_script(part, name, *args):
         capture_output=True,
         text=True,
         timeout=max(part.left() - 2, 1),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"},
+        env={**os.environ, "PYTHONPATH": PATH, "TQDM_DISABLE": "1"},
     )
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or [""]
@@ -472,6 +619,62 @@ def generation_speed(part, model, B, new):
     return {"tokens_per_second": B * new / seconds, "new_tokens": new}
 
 
+def reading_speed(part, model, kind, new):
+    """Tokens per second, one row, one after another; and the ids, to compare.
+
+    Args:
+        kind: "plain", "fast" or "recorded", and "compiled" with it or not.
+    """
+    from llama_tut.fast.generation import (
+        FastModel,
+        FastReader,
+        RecordedReader,
+    )
+    from llama_tut.generate import Reader
+
+    if kind != "plain":
+        compiled = "compiled" in kind
+        model = FastModel(model, compiled=compiled)
+    make = FastReader if "fast" in kind else RecordedReader
+    reader = (Reader if kind == "plain" else make)(model, 64 + 2 * new)
+    ids = list(range(32))
+    reader.read(ids[:-1], 1)
+
+    def write():
+        for _ in range(new):
+            logits = reader.read(ids[-1:], 1)
+            ids.append(logits.argmax().item())
+
+    write()  # warm up
+    synchronize(part.device)
+    began = time.perf_counter()
+    write()
+    seconds = time.perf_counter() - began
+    return {"tokens_per_second": new / seconds, "ids": ids[32:]}
+
+
+def their_reading_speed(part, model, new):
+    """The same by transformers' `generate` with its default cache."""
+    peer = Peer(model, part.device).inner.to(model.output_weight.dtype)
+    peer.config.use_cache = True
+    ids = torch.arange(32, device=part.device)[None]
+    options = {
+        "do_sample": False,
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+    }
+    peer.generate(ids, **options)  # warm up
+    synchronize(part.device)
+    began = time.perf_counter()
+    found = peer.generate(ids, **options)
+    synchronize(part.device)
+    seconds = time.perf_counter() - began
+    return {
+        "tokens_per_second": new / seconds,
+        "ids": found[0, 32:].tolist(),
+    }
+
+
 def scoring_speed(part, model, score, count):
     """Examples per second: contexts of 80 tokens, endings of 25."""
     generator = torch.Generator().manual_seed(0)
@@ -505,8 +708,13 @@ def generation(part):
 
     model, source = pretrained(part)
     part.record("weights", source)
-    new = 8 if part.tiny else 128
-    for B in (1, 2) if part.tiny else (1, 8, 64):
+    new = 8 if part.tiny else 64
+    part.attempt("transformers", their_reading_speed, part, model, new)
+    kinds = ["plain", "fast", "recorded", "recorded, compiled"]
+    for kind in kinds[: 2 if part.tiny else None]:  # a CPU records nothing
+        least = 60 if "compiled" in kind else 0
+        part.attempt(kind, reading_speed, part, model, kind, new, least=least)
+    for B in (2,) if part.tiny else (8, 64):
         part.attempt(
             f"generate {B} rows", generation_speed, part, model, B, new
         )
@@ -519,96 +727,165 @@ def generation(part):
 
 # A real run
 
-TOKENS = 32_768  # of a step: 100 million take some 3,000 steps
+# D, L and steps of small runs, which say what the large one should reach.
+SMALL = [(96, 3, 75), (128, 4, 150), (192, 4, 300), (256, 5, 600)]
+LARGE = 512, 8  # its steps follow from the time that is left
+
+
+def row_sizes(part):
+    """Tokens of a row, T, and rows of a step, B."""
+    return (64, 4) if part.tiny else (512, 64)
+
+
+def shape_options(D, L):
+    """Options of a model of L layers whose heads have 64 numbers or fewer."""
+    return {
+        "hidden_size": D,
+        "intermediate_size": 64 * math.ceil(8 * D / 3 / 64),
+        "num_hidden_layers": L,
+        "num_attention_heads": max(D // 64, 2),
+    }
+
+
+def options_of(part, data, name, D, L, steps):
+    """Options of a run of `steps` steps, in a folder of its own."""
+    folder, (T, B) = part.out / name, row_sizes(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    return shape_options(D, L) | {
+        "data": str(data), "out": str(folder), "steps": steps, "samples": 0,
+        "sequence_length": T, "micro_batch_size": B, "tokens_per_step": T * B,
+        "learning_rate": 0.5 / D, "dtype": "bfloat16",
+        "device": part.device.type, "checkpoint_every": 0,
+        "eval_every": 1000, "eval_rows": 1024,
+    }  # fmt: skip
+
+
+def flops_of(part, D, L, V, steps):
+    """FLOPs of a run, as chapter 8 counts them."""
+    from llama_tut.config import LlamaConfig
+    from llama_tut.model import flops_per_token
+
+    T, B = row_sizes(part)
+    config = LlamaConfig(vocab_size=V, **shape_options(D, L))
+    return flops_per_token(config, T) * steps * T * B
+
+
+def small_runs(part, data, V):
+    """The losses that a prediction is made from."""
+    from llama_tut.pretraining import train
+    from llama_tut.tools.options import configure
+
+    found = []
+    for D, L, steps in [(64, 2, 4), (96, 2, 8)] if part.tiny else SMALL:
+        options = options_of(part, data, "small", D, L, steps)
+        loss = train(configure(options))["val_loss"]
+        row = {"hidden_size": D, "layers": L, "steps": steps, "val_loss": loss}
+        found.append(row | {"flops": flops_of(part, D, L, V, steps)})
+        part.record("small runs", found)
+    return found
 
 
 def run(part):
-    """With the time that is left: prepare a corpus, train, write samples."""
-    if part.tiny:
-        data, steps = manual(part), 8
-        options = ["--steps", steps]
-    else:
-        data, options = corpus(part)
-    folder = part.out / "run"
-    shutil.rmtree(folder, ignore_errors=True)
+    """With the time that is left: a corpus, a prediction, a run, samples."""
+    from llama_tut.scaling import fit_power, power
+    from llama_tut.tools.prepare import load_dataset_info
+
     began = time.monotonic()
-    run_script(
-        part, "train.py", "--data", data, "--out", folder, *options,
-        "--device", part.device.type, "--dtype", "bfloat16", "--samples", 3,
-    )  # fmt: skip
+    data = manual(part) if part.tiny else corpus(part)
+    part.record("seconds to prepare", time.monotonic() - began)
+    V, (D, L) = load_dataset_info(data).vocab_size, LARGE
+    if part.tiny:
+        D, L = 64, 3
+    small, (T, B) = small_runs(part, data, V), row_sizes(part)
+    shape = shape_options(D, L) | {"tie_word_embeddings": True}
+    speed = training_speed(part, shape, V, T, B, compiled="parts")
+    # Starting, compiling, validations and samples take the rest.
+    seconds = 0.75 * (part.left() - 40)
+    steps = 8 if part.tiny else int(seconds / speed["seconds_of_a_step"])
+    flops = flops_of(part, D, L, V, steps)
+    table = torch.tensor([[r["flops"], r["val_loss"]] for r in small]).double()
+    law = fit_power(*table.T)
+    predicted = {"val_loss": power(law, flops).item(), "flops": flops}
+    predicted |= {"law": [float(x) for x in law], "tokens": steps * T * B}
+    for key in ("tokens_per_second", "planned_bytes", "peak_bytes"):
+        predicted[key] = speed[key]
+    part.record("predicted", predicted)
+    options = options_of(part, data, "run", D, L, steps) | {"samples": 3}
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+    words += ["--compile"] * (not part.tiny)
+    began = time.monotonic()
+    run_script(part, "train.py", *words)
     part.record("seconds", time.monotonic() - began)
+    for name, value in curve(part.out / "run").items():
+        part.record(name, value)
+
+
+def curve(folder):
+    """What a run has written, whether or not it has come to its end."""
     lines = [line for _, line in read_jsonl(folder / "metrics.jsonl")]
-    part.record("last line", lines[-1])
     step = max(len(lines) // 200, 1)
-    part.record("losses", [[x["step"], x["loss"]] for x in lines[::step]])
-    part.record(
-        "validations",
-        [[x["step"], x["val_loss"]] for x in lines if "val_loss" in x],
-    )
-    part.record("config", read_json(folder / "config.json"))
-    part.record("samples", (folder / "samples.txt").read_text())
-    shutil.copy(folder / "curves.png", part.out / "gpu_run.png")
+    means = [
+        [
+            lines[i]["step"],
+            statistics.mean(x["loss"] for x in lines[i : i + step]),
+        ]
+        for i in range(0, len(lines), step)
+    ]
+    seen = [[x["step"], x["val_loss"]] for x in lines if "val_loss" in x]
+    found = {"last line": lines[-1], "losses": means, "validations": seen}
+    speeds = [x["tokens_per_second"] for x in lines]
+    found["tokens_per_second"] = statistics.median(speeds)
+    found["config"] = read_json(folder / "config.json")
+    if (folder / "samples.txt").exists():
+        found["samples"] = (folder / "samples.txt").read_text()
+    return found
 
 
-def docstrings(part):
-    """A text file with the docstrings of PyTorch and of Python itself.
+def source_code(part):
+    """A file with the Python code that is installed here, a line a file."""
+    from llama_tut.tools.docs_corpus import python_files
 
-    The default corpus reads more packages; an image may not have them all.
-    """
-    from llama_tut.tools.docs_corpus import python_files, read_docstrings
-
-    files = list(python_files(Path(torch.__file__).parent, "torch"))
-    files += python_files(Path(os.__file__).parent, "python")
-    texts = dict.fromkeys(text for _, text in read_docstrings(files))
-    path = part.out / "docstrings.jsonl"
+    roots = {Path(os.__file__).parent, Path(torch.__file__).parent.parent}
+    texts = {}
+    for root in sorted(roots):
+        for name, path in python_files(root, root.name):
+            text = Path(path).read_text(encoding="utf-8", errors="replace")
+            if 200 < len(text) < 2**19:
+                texts.setdefault(text, name)
+    part.record("files", len(texts))
+    part.record("characters", sum(map(len, texts)))
+    path = part.out / "source_code.jsonl"
     write_jsonl(path, ({"text": text} for text in texts))
     return path
 
 
 def corpus(part):
-    """A data folder, and options of a run that fits into the time."""
-    began = time.monotonic()
-    data = Path(part.data or part.out / "docs").absolute()
-    if not part.data:
-        options = ("--vocab-size", 4096, "--out", data)
-        try:
-            run_script(part, "prepare.py", *options)
-        except RuntimeError as error:
-            part.record("without the default corpus", str(error))
-            text = docstrings(part)
-            run_script(part, "prepare.py", "--corpus", text, *options)
-    part.record("seconds to prepare", time.monotonic() - began)
-    shape = (
-        *("--hidden-size", 512, "--intermediate-size", 1408),
-        *("--num-hidden-layers", 8, "--num-attention-heads", 8),
-        *("--sequence-length", 512, "--micro-batch-size", 64),
-        *("--tokens-per-step", TOKENS, "--learning-rate", 1e-3),
-    )
-    probe = part.out / "probe"
-    shutil.rmtree(probe, ignore_errors=True)
-    run_script(
-        part, "train.py", "--data", data, "--out", probe, *shape,
-        "--steps", 30, "--dtype", "bfloat16", "--samples", 0,
-    )  # fmt: skip
-    seconds = statistics.median(
-        TOKENS / line["tokens_per_second"]
-        for _, line in read_jsonl(probe / "metrics.jsonl")
-        if line["step"] > 10
-    )
-    # Starting, validation and samples take some twenty seconds of the rest.
-    steps = max(int(0.8 * (part.left() - 25) / seconds), 20)
-    return data, [*shape, "--steps", min(steps, 8000)]
+    """The data folder of the run: the user's, or the code installed here."""
+    if part.data:
+        return Path(part.data).absolute()
+    data = part.out / "source_code"
+    if not (data / "dataset.json").exists():
+        kind = ("--vocab-size", 8192)
+        if part.tokenizer:
+            kind = ("--tokenizer", Path(part.tokenizer).absolute())
+        text = source_code(part)
+        run_script(
+            part, "prepare.py", "--corpus", text, *kind, "--out", data,
+            "--val-share", 0.01,
+        )  # fmt: skip
+    return data
 
 
 # Parts in the order of their value, each with its seconds at most
 PARTS = {
     "ceilings": (ceilings, 40),
     "tests": (tests, 60),
-    "training": (training, 150),
-    "shapes": (shapes, 120),
+    "training": (training, 230),
+    "shapes": (shapes, 160),
     "head_loss": (head_loss, 50),
+    "profiles": (profiles, 80),
     "ranks": (ranks, 70),
-    "generation": (generation, 60),
+    "generation": (generation, 110),
     "run": (run, 240),
 }
 TOTAL = 515  # seconds; nine minutes with what starting and stopping take
@@ -626,12 +903,18 @@ def end(process):
 
 def run_part(name, seconds, args):
     """Run one part in a process of its own; note how it ended."""
+    if name == "run":
+        shutil.rmtree(args.out / "run", ignore_errors=True)
     path, log = args.out / f"gpu_{name}.json", args.out / f"{name}.log"
-    path.unlink(missing_ok=True)
+    if not args.rows:
+        path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--part", name, "--out", args.out]
     command += ["--seconds", seconds] + ["--tiny"] * args.tiny
-    for option, value in (("--model", args.model), ("--data", args.data)):
-        command += [option, value] if value else []
+    for option in ("model", "data", "tokenizer"):
+        if value := getattr(args, option):
+            command += [f"--{option}", value]
+    if args.rows:
+        command += ["--rows", *args.rows]
     began = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -639,7 +922,7 @@ def run_part(name, seconds, args):
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": PATH},
         )
         try:
             code = process.wait(seconds)
@@ -651,6 +934,9 @@ def run_part(name, seconds, args):
     numbers = {"machine": describe(), "tiny": args.tiny, "results": {}}
     if path.exists():
         numbers = read_json(path)
+    began_to_train = (args.out / "run" / "metrics.jsonl").exists()
+    if name == "run" and status != "done" and began_to_train:
+        numbers["results"] |= curve(args.out / "run")
     numbers["machine"]["arguments"] = sys.argv[1:]
     numbers |= {"part": name, "status": status}
     numbers["seconds"] = round(time.monotonic() - began, 1)
@@ -667,18 +953,19 @@ def main():
     add("--out", type=Path, default=Path("runs/gpu"), help="output folder")
     add("--tiny", action="store_true", help="every part, on a CPU")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    add(
+        "--rows", nargs="+", help="only these rows of a part; the rest is kept"
+    )
     add("--model", help="folder with SmolLM2; without it, random weights")
     add("--data", help="folder of scripts/prepare.py, for the real run")
+    add("--tokenizer", help="folder with one, for the code that it trains on")
     add("--seconds", type=float, default=TOTAL, help="of all parts together")
     add("--part", choices=PARTS, help="run one part in this process")
     args = parser.parse_args()
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part:
-        measure = PARTS[args.part][0]
-        limits = args.out, args.seconds, args.tiny
-        measure(Part(args.part, *limits, args.model, args.data))
-        return
+        return PARTS[args.part][0](Part(args.part, args))
     ends = time.monotonic() + args.seconds
     for name in args.only:
         left = ends - time.monotonic()

@@ -1,4 +1,4 @@
-"""Chapter 21: packed weights, few operators, four bits and drafts."""
+"""Chapter 21: reordered weights, few operators, four bits and drafts."""
 
 import copy
 from functools import partial
@@ -91,7 +91,7 @@ def test_a_perfect_draft_is_always_right(model, no_lookup):
 
 
 def test_a_wrong_draft_leaves_nothing_behind(model, monkeypatch):
-    """Each round gives one token, and the memory holds exact keys again."""
+    """Each round gives one token, and the cache holds exact keys again."""
     wrong = [60, 59, 58, 57, 56]
     wanted = generate(model, PROMPT, 8)[0, 4:].tolist()
     assert not set(wrong) & set(wanted)
@@ -102,7 +102,7 @@ def test_a_wrong_draft_leaves_nothing_behind(model, monkeypatch):
     exact = FastReader(reader.model, 60)
     exact.read([*PROMPT[0].tolist(), *wanted[:-1]], 1)
     assert exact.length == reader.length
-    for held, right in zip(reader.memory, exact.memory, strict=True):
+    for held, right in zip(reader.cache, exact.cache, strict=True):
         for a, b in zip(held, right, strict=True):
             torch.testing.assert_close(
                 a[:, :, : reader.length], b[:, :, : reader.length]

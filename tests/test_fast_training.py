@@ -10,6 +10,7 @@ from llama_tut.attention import LlamaAttention, attend, causal_mask
 from llama_tut.config import LlamaConfig
 from llama_tut.fast import training
 from llama_tut.fast.training import (
+    FusedOnGPU,
     blocked_attention,
     head_loss,
     speed_up,
@@ -129,6 +130,29 @@ def test_head_loss_backward_twice_is_an_error():
         loss.backward()
 
 
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+def test_a_function_is_compiled_on_a_gpu_only(monkeypatch):
+    """Where the compiler fails there, the function stays as it is."""
+    calls = []
+
+    def compiled(function):
+        calls.append(function)
+        if len(calls) == 2:
+            raise RuntimeError("no compiler")
+        return lambda x: x + 2
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    here, there = torch.zeros(1), torch.zeros(1).as_subclass(OnGPU)
+    good, bad = (FusedOnGPU(lambda x: x + 1) for _ in range(2))
+    assert good(here) == 1 and good(there) == good(there) == 2
+    with pytest.warns(UserWarning, match="not compiled: no compiler"):
+        assert bad(there) == 1
+    assert bad(there) == 1 and len(calls) == 2
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("vocab_size", [1, 4096, 4097, 50_304, 128_256])
 def test_all_tiles_are_equally_wide(vocab_size, device):
@@ -241,7 +265,7 @@ def swapped(model):
         (None, None, 97, {"loss"}),
         ("cpu", torch.float32, 97, {"loss"}),
         ("cpu", torch.bfloat16, 97, {"loss", "attention"}),
-        ("cuda", torch.bfloat16, 97, set()),
+        ("cuda", torch.bfloat16, 97, {"loss"}),
         ("cuda", torch.float32, 128_256, {"loss"}),
         ("cuda", torch.bfloat16, 128_256, {"loss"}),
         ("mps", torch.bfloat16, 128_256, set()),

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import gpu
 import pytest
 
 from llama_tut.tools.machine import gpu_results
@@ -14,7 +15,7 @@ from llama_tut.tools.machine import gpu_results
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 PARTS = (
-    "ceilings tests training shapes head_loss ranks generation run"
+    "ceilings tests training shapes head_loss profiles ranks generation run"
 ).split()
 
 
@@ -57,17 +58,30 @@ def test_every_part_writes_what_it_found(folder, part):
 @pytest.mark.slow
 def test_the_results_make_sense(folder):
     steps = read(folder, "training")["results"]
-    assert len(steps) == 6
+    assert list(steps) == list(gpu.LADDER)
     first = {value["first_loss"] for value in steps.values()}
-    assert max(first) - min(first) < 0.01  # one model, six ways
+    assert max(first) - min(first) < 0.01  # one model, many ways
     losses = read(folder, "head_loss")["results"]
     assert all(abs(value["loss"] - 6.24) < 0.3 for value in losses.values())
     assert read(folder, "ranks")["results"]["resume"]["equal"]
     trained = read(folder, "run")["results"]
     assert trained["last line"]["step"] == trained["losses"][-1][0]
+    losses = [row["val_loss"] for row in trained["small runs"]]
+    assert abs(trained["predicted"]["val_loss"] - losses[-1]) < 1
     assert "sample 1" in trained["samples"]
-    assert (folder / "gpu_run.png").exists()
     assert read(folder, "tests")["results"]["exit code"] == 0
+
+
+@pytest.mark.slow
+def test_some_rows_are_measured_again_and_the_others_kept(tmp_path):
+    row = {"first_loss": 1.0}
+    path = tmp_path / "gpu_training.json"
+    path.write_text(json.dumps({"results": {"plain": row, "old": row}}))
+    done = call(tmp_path, "--only", "training", "--rows", "loss*", "plai?")
+    assert done.returncode == 0
+    results = read(tmp_path, "training")["results"]
+    assert list(results) == ["plain", "old", "loss by tiles"]
+    assert results["plain"] != row and results["old"] == row
 
 
 @pytest.mark.slow

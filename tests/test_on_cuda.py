@@ -1,12 +1,15 @@
 """What only a GPU can show: the same functions there as on the CPU (pytest -k cuda)."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from llama_tut.config import LlamaConfig
+from llama_tut.fast.generation import FastModel, RecordedReader
 from llama_tut.fast.scoring import score_packed
 from llama_tut.fast.training import head_loss, speed_up
-from llama_tut.generate import generate
+from llama_tut.generate import generate, stream_guessing
 from llama_tut.hellaswag import score_rows
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
@@ -68,6 +71,19 @@ def test_text_on_cuda_is_that_of_the_cpu(pair):
     ids = random_ids(1, 20)
     found = generate(there, ids.cuda(), max_new_tokens=30).cpu()
     assert torch.equal(found, generate(here, ids, max_new_tokens=30))
+
+
+def test_recorded_steps_on_cuda_write_the_same_text(pair):
+    """With guesses of a draft, so that steps of several lengths are recorded."""
+    _, model = pair
+    ids = random_ids(1, 20).cuda()
+    fast = FastModel(model)
+    for draft in (None, fast):
+        found = stream_guessing(
+            fast, ids, 30, make_reader=partial(RecordedReader, draft=draft)
+        )
+        found = torch.cat([ids[0], *found])
+        assert torch.equal(found, generate(model, ids, max_new_tokens=30)[0])
 
 
 def test_packed_scores_on_cuda_are_those_of_rows(pair):

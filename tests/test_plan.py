@@ -108,7 +108,7 @@ def real_steps():
     found = []
     for tensor_parallel, again in ((1, False), (1, True), (2, False)):
         model = LlamaForCausalLM(LlamaConfig(2048, 256, 704, 3, 4, 2))
-        prepare(model, Setup(2, tensor_parallel, 128, 4, again))
+        prepare(model, Setup(2, tensor_parallel, 128, 4, again, plain=True))
         ids, state = torch.zeros(4, 128, dtype=torch.long), adamw_state(model)
         model(ids, targets=ids).backward()
         model.zero_grad()
@@ -132,7 +132,9 @@ def test_equals_two_real_ranks_and_the_allocator():
         for (metered, real), tp, again in zip(
             rank, (1, 1, 2), (False, True, False), strict=True
         ):
-            setup = replace(WAY, tensor_parallel=tp, recompute=again)
+            setup = replace(
+                WAY, tensor_parallel=tp, recompute=again, plain=True
+            )
             planned = rehearse(SMALL, setup).ledger.peak.total()
             assert planned == metered
             if tp == 1:
@@ -176,7 +178,7 @@ def test_near_the_formula_of_make_train(gpus, tp, again, B, plain):
 def test_what_is_whole_at_the_peak(V):
     """Chapter 24: the larger of 3 r + 10 l and 6 r, with hardly a token."""
     config = LlamaConfig(V, 256, 704, 6, 4, 4)
-    timeline = rehearse(config, Setup(8, 1, 4, 1)).ledger.timeline
+    timeline = rehearse(config, Setup(8, 1, 4, 1, plain=True)).ledger.timeline
     pieces = ("parameters", "optimizer", "gradients")
     whole = max(a.total() - sum(a[p] for p in pieces) for a in timeline)
     root = 2 * V * 256 + 256

@@ -1,7 +1,7 @@
 # From notebooks/21_fast_generation.ipynb by scripts/export.py: edit the notebook.
-"""Faster generation: packed weights, few operators, and drafts in four bits.
+"""Faster generation: reordered weights, few operators, and drafts in four bits.
 
-Letters: T tokens of one call, S places of the memory, K kv heads, H heads,
+Letters: T tokens of one call, S places of the cache, K kv heads, H heads,
 G = H/K heads of a group (in `to_levels`: groups of a row), C head_dim,
 D hidden_size, I and O the sides of a matrix, V vocabulary.
 """
@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(weight):
-    """Whether oneDNN packs weights of this dtype on this processor."""
+    """Whether oneDNN reorders weights of this dtype on this processor."""
     if weight.is_cuda or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
@@ -50,7 +50,7 @@ def packed_linear(weight):
 
 
 def pack_weights(model):
-    """Swap the linear layers of a `LlamaForCausalLM` for packed ones, in place.
+    """Swap the linear layers of a `LlamaForCausalLM` in place, for oneDNN.
 
     Returns the model, which can only compute logits from now on. It is
     unchanged where `can_pack` says no.
@@ -100,7 +100,7 @@ class FastLayer(nn.Module):
         values.index_copy_(2, places, v.transpose(0, 1)[None])
         q = q.reshape(1, K, -1, C)  # [1, K, G*T, C]
         y = F.scaled_dot_product_attention(q, keys, values, bias)
-        y = y.view(H, T, C).transpose(0, 1).reshape(T, H * C)  # [T, H*C]
+        y = y.reshape(H, T, C).transpose(0, 1).reshape(T, H * C)  # [T, H*C]
         x = x + self.out(y)  # [T, D]
         y = F.rms_norm(x, (D,), self.mlp_gain, c.rms_norm_eps)
         gate, up = self.gate_up(y).chunk(2, dim=-1)  # [T, I], [T, I]
@@ -136,12 +136,12 @@ class FastModel(nn.Module):
                 self.forward, dynamic=False, options=COMPILE
             )
 
-    def forward(self, ids, places, memory, last):
+    def forward(self, ids, places, cache, last):
         """ids [T] at places [T] -> logits after the `last` of them.
 
-        `memory` holds keys and values [1, K, S, C] of each layer.
+        `cache` holds keys and values [1, K, S, C] of each layer.
         """
-        c, S = self.config, memory[0][0].shape[2]
+        c, S = self.config, cache[0][0].shape[2]
         cos, sin = self.rotary(places)  # [T, C/2], [T, C/2]
         cos = torch.cat([cos, cos], -1)[:, None]  # [T, 1, C]
         sin = torch.cat([-sin, sin], -1)[:, None]  # [T, 1, C]
@@ -149,23 +149,22 @@ class FastModel(nn.Module):
         x = self.embeddings[ids]  # [T, D]
         bias = x.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
         bias = bias.repeat(c.num_attention_heads // c.num_key_value_heads, 1)
-        for layer, (keys, values) in zip(self.layers, memory, strict=True):
+        for layer, (keys, values) in zip(self.layers, cache, strict=True):
             x = layer(x, cos, sin, bias, places, keys, values)  # [T, D]
         return self.head(self.norm(x[-last:]))  # [last, V]
 
 
 class FastReader:
-    """A `generate.Reader` for a `FastModel`, with a draft that guesses.
+    """A `generate.Reader` for a `FastModel`; its cache holds `capacity` tokens.
 
-    The memory holds `capacity` tokens. The draft is a cheaper `FastModel` of
-    the same shape; without one only the text guesses.
+    draft: a cheaper `FastModel` of its shape, or None: only the text guesses.
     """
 
     def __init__(self, model, capacity, draft=None):
         self.model, self.draft, self.length = model, draft, 0
         K, C = model.config.num_key_value_heads, model.config.head_dim
         new, shape = model.embeddings.new_zeros, (1, K, capacity, C)
-        self.memory = [(new(shape), new(shape)) for _ in model.layers]
+        self.cache = [(new(shape), new(shape)) for _ in model.layers]
 
     @torch.no_grad()
     def read(self, tokens, last, by=None):
@@ -176,9 +175,12 @@ class FastReader:
         # Fresh tensors: other strides would be another program.
         ids = torch.tensor(tokens, device=device)  # [T]
         places = torch.arange(start, self.length, device=device)  # [T]
-        # Prompts come in all lengths: the first call is never compiled.
-        step = model.step if start > 0 else model
-        return step(ids, places, self.memory, last)  # [last, V]
+        step = model.step if start else model  # prompts: never compiled
+        return self.run(step, ids, places, last)  # [last, V]
+
+    def run(self, step, ids, places, last):
+        """ids [T] at places [T] -> logits [last, V]."""
+        return step(ids, places, self.cache, last)  # [last, V]
 
     def truncate(self, length):
         """Take tokens back: keep the first `length`, at most."""
@@ -262,3 +264,42 @@ def four_bit_linear(weight):
 def four_bit_draft(model, compiled=False):
     """A cheap copy of a model that guesses: layers in 4 bits, head in 16."""
     return FastModel(model, four_bit_linear, Bfloat16Linear, compiled)
+
+
+# On a GPU: record the launches
+
+
+class RecordedReader(FastReader):
+    """A `FastReader` on a GPU that replays its steps as CUDA graphs.
+
+    A step for so many tokens is recorded when it comes for the first time.
+    """
+
+    def __init__(self, model, capacity, draft=None):
+        super().__init__(model, capacity, draft)
+        self.recorded = {}
+
+    def run(self, step, ids, places, last):
+        """ids [T] at places [T] -> logits [last, V]."""
+        if self.length == len(ids):  # a prompt: its length will not come again
+            return step(ids, places, self.cache, last)  # [last, V]
+        key = step, len(ids), last
+        if key not in self.recorded:
+            self.recorded[key] = self.record(step, ids, places, last)
+        graph, kept_ids, kept_places, logits = self.recorded[key]
+        kept_ids.copy_(ids)
+        kept_places.copy_(places)
+        graph.replay()
+        return logits.clone()  # [last, V]
+
+    def record(self, step, ids, places, last):
+        """A graph, the tensors that it reads, and the one that it writes."""
+        aside = torch.cuda.Stream()  # once outside the graph, to set up
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step(ids, places, self.cache, last)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step(ids, places, self.cache, last)  # [last, V]
+        return graph, ids, places, logits

@@ -9,6 +9,9 @@ H heads, K kv heads, G = H/K heads of a group, C head_dim, V vocabulary;
 R rows and M words of one tile; `...` stands for any axes.
 """
 
+import functools
+import warnings
+
 import torch
 from torch.nn import functional as F
 
@@ -101,6 +104,35 @@ def tile_size(vocab_size, device):
     return rows, -(-vocab_size // tiles), tiles if few else 1
 
 
+class FusedOnGPU:
+    """A function of tensors that is compiled the first time a GPU runs it.
+
+    Where the compiler does not work, the function stays as it is.
+    """
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self.function, self.fast = function, None
+
+    def __call__(self, tensor, *args):
+        if not tensor.is_cuda:
+            return self.function(tensor, *args)  # [...]
+        if self.fast is None:
+            try:
+                self.fast = torch.compile(self.function)
+                return self.fast(tensor, *args)  # [...]
+            except Exception as error:  # whatever the compiler's tools raise
+                warnings.warn(f"not compiled: {error}", stacklevel=2)
+                self.fast = self.function
+        return self.fast(tensor, *args)  # [...]
+
+
+@FusedOnGPU
+def log_sum_exp(logits):
+    """Logits [R, M] -> float32 [R, 1]."""
+    return logits.float().logsumexp(-1, keepdim=True)  # [R, 1]
+
+
 def find_normaliser(h, weight, tiles, keep):
     """First pass: log of the summed exponentials of each row.
 
@@ -118,22 +150,26 @@ def find_normaliser(h, weight, tiles, keep):
         if len(kept) == keep:  # frees a tile before the next is made
             kept.pop(0)
         kept.append(h @ weight[words].T)  # [R, M]
-        part = kept[-1].float().logsumexp(-1, keepdim=True)  # [R, 1]
+        part = log_sum_exp(kept[-1])  # [R, 1]
         normaliser = torch.logaddexp(normaliser, part)  # [R, 1]
     return normaliser, kept  # [R, 1], [R, M]
 
 
-def to_gradient(logits, normaliser, targets, words):
+@FusedOnGPU
+def to_gradient(logits, normaliser, column):
     """Turn a tile of logits into its gradient, softmax - [target].
 
-    Float32 logits are overwritten.
+    Float32 logits are overwritten on a CPU.
 
     Args:
-        logits: [R, M]; normaliser, targets: [R, 1].
-        words: slice of the vocabulary that the tile covers.
+        logits: [R, M]; normaliser: [R, 1].
+        column: where in the tile the target would stand, [R, 1].
     """
+    if logits.is_cuda:  # a comparison joins the kernel, a scatter does not
+        columns = torch.arange(logits.shape[1], device=logits.device)  # [M]
+        grad = (logits.float() - normaliser).exp()  # [R, M]
+        return (grad - (columns == column).float()).to(logits.dtype)  # [R, M]
     grad = logits.float().sub_(normaliser).exp_()  # [R, M]
-    column = targets - words.start  # [R, 1]
     is_here = (column >= 0) & (column < grad.shape[1])  # [R, 1]
     column = column.clamp(0, grad.shape[1] - 1)  # [R, 1]
     grad.scatter_add_(1, column, -is_here.float())
@@ -188,7 +224,7 @@ def loss_and_gradients(
         h_share = (h * share[rows]).to(dtype)  # [R, D]
         for k, words in reversed([*enumerate(tiles)]) if wanted else ():
             logits = kept.pop() if kept else h @ w[words].T  # [R, M]
-            g = to_gradient(logits, normaliser, y, words)  # [R, M]
+            g = to_gradient(logits, normaliser, y - words.start)  # [R, M]
             grad_h[rows] += (g @ w[words]) * share[rows]
             sums[k] += g.T @ h_share  # [M, D]
             del g, logits  # before the next tile is made
@@ -255,7 +291,7 @@ def head_loss(hidden, weight, targets):
 
 # One call
 
-# Above it the logits of a batch take gigabytes.
+# Above it the logits of a batch take gigabytes on a CPU.
 LARGE_VOCABULARY = 65_536
 
 
@@ -269,11 +305,9 @@ def tiles_if_eager(hidden, weight, targets):
 def speed_up(model, device=None, dtype=None):
     """Swap in, from outside, what was measured to pay; same results.
 
-    - CPU: loss in tiles where it is not compiled; in bfloat16 attention in
-      blocks, too.
-    - CUDA: nothing; PyTorch's own is faster.
-    - Both: with a vocabulary above LARGE_VOCABULARY, loss in tiles, since it
-      saves gigabytes.
+    - CPU and CUDA: loss in tiles where it is not compiled.
+    - CPU: in bfloat16 attention in blocks; with a vocabulary above
+      LARGE_VOCABULARY loss in tiles in any case, which saves gigabytes.
 
     Args:
         model: a `LlamaForCausalLM`, changed in place.
@@ -290,10 +324,9 @@ def speed_up(model, device=None, dtype=None):
         for module in model.modules():
             if isinstance(module, LlamaAttention):
                 module.attend = blocked_attention
-    if on_cpu:
+    if device.type in ("cpu", "cuda"):
         model.compute_loss = tiles_if_eager
-    large = len(model.output_weight) > LARGE_VOCABULARY
-    if large and device.type in ("cpu", "cuda"):
+    if on_cpu and len(model.output_weight) > LARGE_VOCABULARY:
         model.compute_loss = head_loss
     return model
 

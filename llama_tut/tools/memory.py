@@ -15,7 +15,9 @@ in_bytes = EngFormatter("B", places=2)  # 1.6e9 -> "1.60 GB"
 LARGE_VOCABULARY = 65_536  # above it chapter 19 computes the loss in tiles
 
 
-def activation_bytes(llama, T, dtype, blocks=False, cut=1, half_stream=False):
+def activation_bytes(
+    llama, T, dtype, blocks=False, cut=1, half_stream=False, compiled=False
+):
     """Bytes that one token of one block keeps for the backward pass.
 
     Args:
@@ -25,6 +27,8 @@ def activation_bytes(llama, T, dtype, blocks=False, cut=1, half_stream=False):
         cut: ranks that share the heads and the MLP (tensor parallel).
         half_stream: the residual stream is in `dtype` too, as under FSDP;
             otherwise it is float32.
+        compiled: small operations are done again in backward, so that only
+            the inputs and outputs of norms and products are kept.
     """
     D, I = llama.hidden_size, llama.intermediate_size
     H, C = llama.num_attention_heads, llama.head_dim
@@ -34,6 +38,11 @@ def activation_bytes(llama, T, dtype, blocks=False, cut=1, half_stream=False):
     if half and half_stream:
         norms = 16 * D
     attention = a * (3 * queries + 2 * keys)
+    if compiled:
+        stream = a if half_stream else 4
+        return (
+            2 * (stream + a) * D + a * (2 * queries + 2 * keys + 3 * I) / cut
+        )
     if blocks:
         n = math.ceil(T / max(32, math.ceil(T / 8)))  # blocks of queries
         weights = H * T / n * (6 if half else 4)
@@ -70,18 +79,22 @@ def plan(
             layer = sum(p.numel() for p in model.model.layers[0].parameters())
             parts["gathered"] = a * (N - (L - 2) * layer) // tp
         # where chapter 19's parts are used
-        cpu, fast = device.type == "cpu", not config.plain
+        cpu, cuda = (device.type == kind for kind in ("cpu", "cuda"))
+        compiled = getattr(config, "compile", False)
+        fast, large = not config.plain, cpu and V > LARGE_VOCABULARY
+        tiles = fast and tp == 1 and (large or not compiled) and (cpu or cuda)
+        compiled = compiled and cuda  # elsewhere that is not measured
         blocks = fast and cpu and half
-        large = V > LARGE_VOCABULARY and device.type in ("cpu", "cuda")
-        tiles = fast and tp == 1 and (large or (cpu and not config.compile))
-        block = activation_bytes(llama, T, dtype, blocks, tp, shards > 1)
+        block = activation_bytes(
+            llama, T, dtype, blocks, tp, shards > 1, compiled
+        )
         if hasattr(llama, "extra_activation_bytes"):  # experts, chapter 26
             block += llama.extra_activation_bytes(dtype)
         if recompute:  # the input of every layer, and all of one
             stream = a if shards > 1 else 4
             block = stream * D + block / L
         parts["activations"] = round(rows * (L * block + 12 * D))
-        parts["logits"] = rows * V * (10 if half else 8)
+        parts["logits"] = rows * V * (a if compiled else 10 if half else 8)
         if tp > 1:  # the loss over a cut vocabulary
             parts["logits"] = rows * V * 14 // tp
         if tiles:
