@@ -13,7 +13,12 @@ from functools import partial
 import torch
 from models import add_model_options, load
 
-from llama_tut.fast.generation import FastModel, FastReader, four_bit_draft
+from llama_tut.fast.generation import (
+    FastModel,
+    FastReader,
+    RecordedReader,
+    four_bit_draft,
+)
 from llama_tut.generate import stream, stream_guessing
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.files import require
@@ -43,9 +48,9 @@ def build_parser():
     add(
         "--fast",
         action="store_true",
-        help="the text so far and a four-bit copy guess ahead, the model "
-        "checks: the same tokens, sooner in a long text (preparing takes a "
-        "second or two); with --temperature 0 and on a CPU",
+        help="the text so far and, on a CPU, a four-bit copy guess ahead, the "
+        "model checks: the same tokens, sooner in a long text (preparing takes "
+        "a second or two); with --temperature 0, on a CPU or a CUDA GPU",
     )
     add(
         "--plain",
@@ -78,10 +83,11 @@ def check(args):
         -(2**63) <= args.seed < 2**64,
         f"--seed {args.seed}: must fit into 64 bits",
     )
+    known = args.device.split(":")[0] in ("cpu", "cuda")
     require(
-        not args.fast or (args.temperature == 0 and args.device == "cpu"),
-        "--fast guesses the likeliest token on a CPU: give --temperature 0 "
-        "and leave --device out",
+        not args.fast or (args.temperature == 0 and known),
+        "--fast guesses the likeliest token on a CPU or a CUDA GPU: give "
+        "--temperature 0, and --device cuda or none",
     )
     require(
         not (args.fast and args.plain), "--fast and --plain: give one of them"
@@ -91,7 +97,9 @@ def check(args):
 def tokens_of(model, ids, new, stops, args):
     """The new tokens, one by one, as the options say."""
     if args.fast:
-        make = partial(FastReader, draft=four_bit_draft(model))
+        make = RecordedReader
+        if args.device == "cpu":
+            make = partial(FastReader, draft=four_bit_draft(model))
         fast = FastModel(model)
         return stream_guessing(fast, ids, new, stops, make_reader=make)
     # Guessing from the text was measured to pay on a CPU, in float32.

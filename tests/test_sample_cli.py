@@ -180,6 +180,14 @@ def test_a_token_outside_the_vocabulary_is_one_line(folder, sample, tmp_path):
     assert "error: the prompt has tokens 64 to 257, the model has 257" in err
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fast_on_cuda_writes_the_same_text(folder, sample):
+    greedy = ("--prompt", "aba", "--temperature", "0", "--device", "cuda")
+    ways = ("--fast", "--plain")
+    fast, plain = (sample("--model", folder, *greedy, way) for way in ways)
+    assert fast == plain
+
+
 @pytest.mark.parametrize(
     "options", [(), ("--temperature", "0.5"), ("--device", "meta")]
 )
