@@ -74,11 +74,12 @@ def test_text_on_cuda_is_that_of_the_cpu(pair):
 
 
 def test_recorded_steps_on_cuda_write_the_same_text(pair):
-    """With guesses of a draft, so that steps of several lengths are recorded."""
+    """With guesses that hold and others that do not, in steps of several lengths."""
     _, model = pair
     ids = random_ids(1, 20).cuda()
-    fast = FastModel(model)
-    for draft in (None, fast):
+    fast, backwards = FastModel(model), FastModel(model)
+    backwards.layers = backwards.layers[::-1]
+    for draft in (None, fast, backwards):
         found = stream_guessing(
             fast, ids, 30, make_reader=partial(RecordedReader, draft=draft)
         )
