@@ -85,9 +85,9 @@ def record_times(paths):
         execute(path.resolve())
         seconds[path.stem] = round(time.time() - start, 1)
         print(f"{path.stem}: {seconds[path.stem]} s", flush=True)
-    here = {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
-    seconds = {stem: seconds[stem] for stem in sorted(here & seconds.keys())}
-    write_result("notebook_times", {"seconds": seconds})
+        here = {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")}
+        known = {stem: seconds[stem] for stem in sorted(here & set(seconds))}
+        write_result("notebook_times", {"seconds": known})
 
 
 def main():
