@@ -91,21 +91,22 @@ def load_state(model, table, dtype=None, device="cpu"):
     """
     check_table(table, model)
     state = model.state_dict()
-    stored = {name: table[name].tensor for name in state}
-    kinds = {str(tensor.dtype) for tensor in stored.values()}
+    kinds = {str(table[name].tensor.dtype) for name in state}
     if any(tensor.is_meta for tensor in state.values()):
         mixed = f"the checkpoint mixes {shorten(sorted(kinds))}"
         require(dtype or len(kinds) == 1, f"{mixed}: say which dtype to use")
         cast = dtype is not None and kinds != {str(dtype)}
         if cast or torch.device(device).type != "cpu":
-            stored = dict(read_tensors(table, state, dtype, device))
+            found = dict(read_tensors(table, state, dtype, device))
+        else:
+            found = {name: table[name].tensor for name in state}
         modules = dict(model.named_modules())
-        for name, tensor in stored.items():
+        for name, tensor in found.items():
             path, _, last = name.rpartition(".")
             setattr(modules[path], last, nn.Parameter(tensor))
         return model
     for name, here in state.items():
-        there = stored[name].dtype
+        there = table[name].tensor.dtype
         require(
             there == here.dtype,
             f"{name} is {there} in the checkpoint, {here.dtype} in the model",

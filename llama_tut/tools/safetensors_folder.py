@@ -113,8 +113,11 @@ def read_tensors(table, names, dtype=None, device=None):
     """Yield (name, tensor) for tensors that must be cast, moved or copied.
 
     They are read in pieces of 1 MiB: casting them out of the map would keep
-    the pages of the original beside the result.
+    the pages of the original beside the result. What the map already has in
+    memory goes first: afterwards the table's tensors have no numbers.
     """
+    for name, stored in table.items():
+        table[name] = stored._replace(tensor=stored.tensor.to("meta"))
     piece = torch.empty(2**20, dtype=torch.uint8)
     for path in {table[name].path: None for name in names}:
         with open(path, "rb") as file:
