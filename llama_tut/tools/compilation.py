@@ -39,9 +39,11 @@ class InParts(nn.Module):
     than one for the whole model, and what the model computes once, such as
     the rotary tables, is not computed again inside each layer. The model
     itself stays as it is: to evaluate or to write, call it directly.
+
+    options: of torch.compile.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, **options):
         super().__init__()
         self._orig_mod = model  # the name that torch.compile's wrapper has
         modules = list(model.modules())
@@ -51,7 +53,7 @@ class InParts(nn.Module):
             (m, "compute_loss") for m in modules if hasattr(m, "compute_loss")
         ]
         self.programs = [
-            (part, name, torch.compile(getattr(part, name)))
+            (part, name, torch.compile(getattr(part, name), **options))
             for part, name in parts
         ]
 

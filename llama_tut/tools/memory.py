@@ -12,7 +12,7 @@ from llama_tut.tools.files import require
 from llama_tut.tools.options import gradient_accumulation_steps
 
 in_bytes = EngFormatter("B", places=2)  # 1.6e9 -> "1.60 GB"
-LARGE_VOCABULARY = 65_536  # above it chapter 19 computes the loss in tiles
+LARGE_VOCABULARY = 65_536  # above it a CPU gets chapter 19's tiles in any case
 
 
 def activation_bytes(
@@ -83,10 +83,10 @@ def plan(
         compiled = getattr(config, "compile", False)
         fast, large = not config.plain, cpu and V > LARGE_VOCABULARY
         tiles = fast and tp == 1 and (large or not compiled) and (cpu or cuda)
-        compiled = compiled and cuda  # elsewhere that is not measured
         blocks = fast and cpu and half
+        less = compiled and cuda  # what it saves elsewhere is not measured
         block = activation_bytes(
-            llama, T, dtype, blocks, tp, shards > 1, compiled
+            llama, T, dtype, blocks, tp, shards > 1, compiled=less
         )
         if hasattr(llama, "extra_activation_bytes"):  # experts, chapter 26
             block += llama.extra_activation_bytes(dtype)
@@ -94,7 +94,7 @@ def plan(
             stream = a if shards > 1 else 4
             block = stream * D + block / L
         parts["activations"] = round(rows * (L * block + 12 * D))
-        parts["logits"] = rows * V * (a if compiled else 10 if half else 8)
+        parts["logits"] = rows * V * (a if less else 10 if half else 8)
         if tp > 1:  # the loss over a cut vocabulary
             parts["logits"] = rows * V * 14 // tp
         if tiles:
