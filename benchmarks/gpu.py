@@ -9,7 +9,6 @@ numbers only. Parts stand in the order of their value; copy their files to
 benchmarks/results/ to have the book show them.
 """
 
-import argparse
 import gc
 import math
 import os
@@ -26,9 +25,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from llama_tut.tools import cli
 from llama_tut.tools.files import (
     read_json,
     read_jsonl,
+    require,
     write_json,
     write_jsonl,
 )
@@ -789,7 +790,8 @@ def run(part):
     from llama_tut.tools.prepare import load_dataset_info
 
     began = time.monotonic()
-    data = manual(part) if part.tiny else corpus(part)
+    own = part.tiny and not part.data
+    data = manual(part) if own else corpus(part)
     part.record("seconds to prepare", time.monotonic() - began)
     V, (D, L) = load_dataset_info(data).vocab_size, LARGE
     if part.tiny:
@@ -945,8 +947,23 @@ def run_part(name, seconds, args):
     print(f"{name}: {status} after {numbers['seconds']} s", flush=True)
 
 
+def check(args):
+    """Find bad input before anything is measured or overwritten."""
+    require(args.seconds > 0, f"--seconds {args.seconds}: give more than 0")
+    files = {"data": "dataset.json", "tokenizer": "tokenizer.json"}
+    for option, file in files.items():
+        folder = getattr(args, option)
+        require(
+            not folder or (Path(folder) / file).is_file(),
+            f"--{option} {folder}: there is no {file} in it",
+        )
+    for path in (args.out / f"gpu_{name}.json" for name in args.only):
+        if args.rows and path.exists():
+            read_json(path)  # raises InputError where it cannot be read
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/gpu"), help="output folder")
     add("--tiny", action="store_true", help="every part, on a CPU")
@@ -960,6 +977,7 @@ def main():
     add("--seconds", type=float, default=TOTAL, help="of all parts together")
     add("--part", choices=PARTS, help="run one part in this process")
     args = parser.parse_args()
+    check(args)
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part:
@@ -974,4 +992,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -26,6 +26,10 @@ from llama_tut.tools.machine import RESULTS
         "bench_hellaswag speed --file /nowhere",
         "bench_hellaswag faults --file /nowhere",
         "bench_hellaswag whole /nowhere /nowhere",
+        "gpu --only nothing",
+        "gpu --seconds 0",
+        "gpu --data /nowhere",
+        "gpu --tokenizer /nowhere",
     ],
 )
 def test_bad_input_is_one_line(line, monkeypatch, capsys):

@@ -84,6 +84,14 @@ def test_some_rows_are_measured_again_and_the_others_kept(tmp_path):
     assert results["plain"] != row and results["old"] == row
 
 
+def test_a_file_that_cannot_be_read_is_kept(tmp_path):
+    path = tmp_path / "gpu_training.json"
+    path.write_text("{ cut off")
+    done = call(tmp_path, "--only", "training", "--rows", "plain")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert str(path) in done.stderr and path.read_text() == "{ cut off"
+
+
 @pytest.mark.slow
 def test_a_part_that_fails_leaves_the_others_alone(tmp_path):
     done = call(
