@@ -28,12 +28,12 @@ from torch.nn import functional as F
 from llama_tut.tools import cli
 from llama_tut.tools.files import (
     read_json,
-    read_jsonl,
     require,
     write_json,
     write_jsonl,
 )
 from llama_tut.tools.machine import describe
+from llama_tut.tools.runs import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where a part finds modules: here, and where this process was told to look.
@@ -822,7 +822,9 @@ def run(part):
 
 def curve(folder):
     """What a run has written, whether or not it has come to its end."""
-    lines = [line for _, line in read_jsonl(folder / "metrics.jsonl")]
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not lines:
+        return {}
     step = max(len(lines) // 200, 1)
     means = [
         [

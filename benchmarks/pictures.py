@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py [--work runs/pictures]
 
-A text model of half a million parameters is trained on Python's
-reference, as in chapter 27, one for each seed. Then an encoder is added and
+A text model of half a million parameters is trained on Python's reference,
+as in chapter 27 but for 80 steps, one for each seed. Then an encoder is added and
 trained on pairs of handwritten digits, three times: with the text model
 learning too, with the text model frozen, and with random weights in its place.
 Words in printed fonts are read with the first kind. Stop it with Ctrl-C; the
@@ -123,7 +123,7 @@ def measure(model, data, info, config):
     """Accuracies with the right pictures and with the wrong ones."""
     loader = PictureLoader(
         data, "val", 1, config.sequence_length, shuffle=False,
-        model=model.config, end=info.end_of_text,
+        config=model.config, end=info.end_of_text,
     )  # fmt: skip
     tokenizer, end = read_tokenizer(data / "tokenizer"), info.end_of_text
     pictures, texts = loader.pictures, loader.texts

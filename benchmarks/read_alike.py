@@ -13,7 +13,6 @@ benchmarks/results/read_alike.json, and tests/test_weights.py holds ours to
 them.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -172,7 +171,7 @@ def main():
                 name: sum(map(str.__eq__, found, texts["llama_tut"]))
                 for name, found in texts.items()
             },
-            "continuations": json.loads(json.dumps(rows)),
+            "continuations": rows,
         },
     )
 

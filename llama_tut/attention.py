@@ -60,7 +60,7 @@ class LlamaAttention(nn.Module):
             nn.init.normal_(matrix.weight, std=own, generator=generator)
 
     def forward(self, x, cos, sin, attention_mask=None, cache=None):
-        """Normalised x [B, T, D], tables for its positions -> [B, T, D]."""
+        """Normalised x [B, T, D], cos and sin of chapter 4 -> [B, T, D]."""
         shape = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).view(shape).transpose(1, 2)  # [B, H, T, C]
         k = self.k_proj(x).view(shape).transpose(1, 2)  # [B, K, T, C]

@@ -61,8 +61,9 @@ class KVCache(list):
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits [B, V] -> what to draw from: float32 [B, V], rows of sum 1.
 
-    `temperature` above 0 divides the logits; `top_k` keeps the likeliest;
-    `top_p` keeps the fewest that reach it (Holtzman et al., 2019).
+    `temperature` above 0 divides the logits; `top_k` keeps so many
+    of the likeliest; `top_p` keeps the likeliest, as few as together reach it
+    (Holtzman et al., 2019).
     """
     p = (logits.float() / temperature).softmax(-1)  # [B, V]
     if top_k is None and top_p is None:
@@ -110,7 +111,7 @@ def padded_positions(attention_mask, start=0):
     keys = torch.arange(S, device=attention_mask.device)  # [S]
     queries = keys[start:, None]  # [T, 1]
     mask = (keys <= queries) & attention_mask[:, None, None]  # [B, 1, T, S]
-    # A softmax over nothing is NaN, and NaN spreads: padding reads itself.
+    # A softmax over nothing may be NaN, which spreads: padding reads itself.
     mask = mask | (keys == queries)  # [B, 1, T, S]
     return counted[:, start:], mask  # [B, T], [B, 1, T, S]
 

@@ -33,20 +33,21 @@ def clean(text):
     """The text without WikiHow's marks, as lm-evaluation-harness does it."""
     text = text.strip().replace(" [title]", ". ")
     text = re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-    # Half a surrogate pair is no character, and tokenizers refuse it.
+    # Half a surrogate pair is not a character, and tokenizers refuse it.
     return text.encode(errors="replace").decode()
 
 
 def check_record(record, texts):
-    """Refuse a dictionary that is no example (InputError)."""
+    """Refuse a dictionary that is not an example (InputError)."""
     missing = [n for n in [*texts, "endings", "label"] if n not in record]
     require(not missing, f"{', '.join(missing)} missing")
     for name in texts:
-        require(isinstance(record[name], str), f"{name} is no text")
+        require(isinstance(record[name], str), f"{name} is not a string")
     endings, label = record["endings"], str(record["label"])
-    require(isinstance(endings, list), "endings is no list")
+    require(isinstance(endings, list), "endings is not a list")
     require(len(endings) == 4, f"{len(endings)} endings, must be 4")
-    require(all(isinstance(e, str) for e in endings), "an ending is no text")
+    strings = all(isinstance(ending, str) for ending in endings)
+    require(strings, "an ending is not a string")
     # Nothing may be left empty: a score by length divides by the length.
     require(all(clean(e).strip() for e in endings), "an empty ending")
     require(label in list("0123"), f"label {label!r}, not 0 to 3")

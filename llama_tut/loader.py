@@ -17,7 +17,7 @@ from llama_tut.tools.dataset import check_rows, open_shards
 
 # An order that can be indexed
 
-ROUNDS = 8  # fewer are no fair shuffle of a few rows
+ROUNDS = 8  # four are not a fair shuffle of a few rows
 
 
 def scramble(x):
@@ -36,7 +36,7 @@ def feistel(x, half, keys):
     return left << bits | right
 
 
-def shuffled(places, size, seed, epoch):
+def shuffled(places, size, seed, epoch, rounds=ROUNDS):
     """Places in an epoch's order -> rows: a permutation of range(size).
 
     Time and memory for a place do not depend on `size`.
@@ -44,9 +44,10 @@ def shuffled(places, size, seed, epoch):
     Args:
         places: integers below `size`, any shape.
         seed, epoch: choose the permutation.
+        rounds: of `feistel`.
     """
     text = f"{seed} {epoch}".encode()
-    hashed = hashlib.blake2b(text, digest_size=8 * ROUNDS).digest()
+    hashed = hashlib.blake2b(text, digest_size=8 * rounds).digest()
     keys = np.frombuffer(hashed, "<u8").astype(np.uint64)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     rows = feistel(np.asarray(places).astype(np.uint64), half, keys)

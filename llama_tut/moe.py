@@ -307,7 +307,7 @@ def balance_experts(model, line):
         mean = load.mean()
         line[f"load_max/{i}"] = (load.max() / mean).item()
         line[f"load_min/{i}"] = (load.min() / mean).item()
-        for bias in mlp.gate.buffers():
+        for bias in mlp.gate.buffers():  # Mixtral's router has none
             bias += model.config.balance * torch.sign(mean - load)
         mlp.load.zero_()
 

@@ -73,7 +73,7 @@ class PictureEncoder(nn.Module):
         super().__init__()
         self.config, c, E = config, config.encoder, config.encoder.hidden_size
         self.patches = nn.Linear(config.patch_size**2, E)
-        self.places = nn.Embedding(config.patches, E)
+        self.positions = nn.Embedding(config.patches, E)
         L = range(c.num_hidden_layers)
         self.layers = nn.ModuleList(LlamaDecoderLayer(c) for _ in L)
         self.norm = LlamaRMSNorm(E, c.rms_norm_eps)
@@ -81,7 +81,7 @@ class PictureEncoder(nn.Module):
         joined, D = config.shuffle**2 * E, config.text.hidden_size
         self.projector = nn.Linear(joined, D, bias=False)
         std = c.initializer_range
-        nn.init.normal_(self.places.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
         for part in (*self.layers, self.norm):
             part.init_weights(std, std / (2 * len(L)) ** 0.5)
 
@@ -89,7 +89,7 @@ class PictureEncoder(nn.Module):
         """[B, H, W], 0 is paper and 1 ink -> [B, N / R^2, D]."""
         c, N = self.config, self.config.patches
         x = self.patches(patchify(pictures, c.patch_size))  # [B, N, E]
-        x = x + self.places.weight  # [B, N, E]
+        x = x + self.positions.weight  # [B, N, E]
         everything = x.new_ones(N, N, dtype=torch.bool)  # [N, N]
         tables = self.rotary_emb(x.new_zeros(N))  # cos 1 and sin 0
         for layer in self.layers:
@@ -160,7 +160,7 @@ class PictureLoader(ShardLoader):
     Raises: InputError when T would cut a row, or no pictures are there.
     """
 
-    model: PictureConfig | None = None  #: how many places, and their id
+    config: PictureConfig | None = None  #: how many places, and their id
     end: int = 0  #: the id before and after a text
 
     def __post_init__(self):
@@ -169,7 +169,7 @@ class PictureLoader(ShardLoader):
         tokenizer = read_tokenizer(Path(self.folder) / "tokenizer")
         encoded = tokenizer.encode_batch_fast(self.texts)
         self.answers = [one.ids for one in encoded]
-        longest = 1 + self.model.places + max(map(len, self.answers))
+        longest = 1 + self.config.places + max(map(len, self.answers))
         require(
             longest <= self.sequence_length,
             f"--sequence-length {self.sequence_length} would cut rows of "
@@ -190,7 +190,7 @@ class PictureLoader(ShardLoader):
         rows = rows_at(position + self.rank * B, B, len(self), seed)
         ids, targets = torch.full((B, T), self.end), torch.full((B, T), -100)
         for i, row in enumerate(rows):
-            own, wanted = picture_row(self.answers[row], self.model, self.end)
+            own, wanted = picture_row(self.answers[row], self.config, self.end)
             ids[i, : len(own)] = torch.tensor(own)
             targets[i, : len(own)] = torch.tensor(wanted)
         return ids, self.pictures[rows], targets
@@ -238,7 +238,7 @@ def build_picture_loader(config, info, ranks, split):
         ranks.world_size if training else 1,
         config.seed,
         shuffle=training,
-        model=picture_config(config),
+        config=picture_config(config),
         end=info.end_of_text,
     )
     if not training:

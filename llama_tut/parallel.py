@@ -76,7 +76,13 @@ def shard(model, mesh, dtype=None, reshard_after_forward=True):
 
 
 def refuse_generation(body, inputs, options):
-    """FSDP2 gathers nothing for the body alone, and a cache has all heads."""
+    """Refuse to generate with a model in pieces.
+
+    FSDP2 gathers nothing for the body alone, and a cache expects all heads,
+    of which a rank of a cut model has only some.
+
+    Raises: InputError.
+    """
     mesh = getattr(body.embed_tokens.weight, "device_mesh", None)
     in_pieces = mesh is not None and "dp" in mesh.mesh_dim_names
     cache = options.get("cache", inputs[3] if len(inputs) > 3 else None)
@@ -219,7 +225,8 @@ def cut(model, mesh):
     Call it before `shard`. All ranks of `mesh` must read the same rows.
 
     Args:
-        model: a LLaMA with dense MLPs; `compute_loss` and `head` are swapped.
+        model: a LLaMA with dense MLPs; its `compute_loss` and `head` are
+            replaced.
         mesh: one axis of a DeviceMesh.
 
     Raises:

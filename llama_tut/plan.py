@@ -19,6 +19,7 @@ from torch.distributed._tools.fake_collectives import (
     collective_ops,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import _sharding_prop as sharding
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -280,6 +281,17 @@ def tiles_of_a_gpu():
         fast.tile_size = original
 
 
+@contextmanager
+def shapes_apart():
+    """DTensor asks for shapes in a fake mode of its own, not in ours."""
+    original = sharding.detect_fake_mode
+    sharding.detect_fake_mode = lambda *_: None
+    try:
+        yield
+    finally:
+        sharding.detect_fake_mode = original
+
+
 def rehearse(config, setup, change=None):
     """The Meter of one step of rank 0, without weights and without GPUs.
 
@@ -291,7 +303,7 @@ def rehearse(config, setup, change=None):
         InputError: the ranks or the model cannot be divided so.
     """
     B, T = setup.micro_batch_size, setup.sequence_length
-    with fake_ranks(setup.gpus), tiles_of_a_gpu():
+    with fake_ranks(setup.gpus), tiles_of_a_gpu(), shapes_apart():
         with without_memory():
             model = LlamaForCausalLM(config)
         prepare(model, setup, change)
@@ -351,9 +363,9 @@ def make_plan(config, setup, gpu, change=None):
 
     Returns:
         memory, {purpose: bytes} at the peak of a rank, and peak_bytes; flops
-        of a rank; wire_bytes, {what: bytes that a rank takes part in};
-        seconds, as `roofline` returns them, and limit; tokens_per_second of
-        all GPUs together; mfu, with chapter 8's FLOPs; timeline and turn.
+        of a rank; wire_bytes, {what: bytes of the messages that a rank takes
+        part in}; seconds, as `roofline` returns them, and limit;
+        tokens_per_second of all GPUs together; mfu, with chapter 8's FLOPs; timeline and turn.
     """
     meter = rehearse(config, setup, change)
     seconds, ledger = roofline(meter, gpu), meter.ledger

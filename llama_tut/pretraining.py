@@ -5,7 +5,7 @@ Letters: B batch, T time, V vocabulary, W ranks, N parameters.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,13 @@ from llama_tut.checkpoint import (
 )
 from llama_tut.distributed import Layout, warm_up_ddp_buckets
 from llama_tut.generate import generate
-from llama_tut.hellaswag import accuracy, read_examples, score, score_rows
+from llama_tut.hellaswag import (
+    accuracy,
+    encode,
+    read_examples,
+    score,
+    score_rows,
+)
 from llama_tut.loader import ReadAhead, ShardLoader
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer, learning_rate_at
@@ -31,9 +37,9 @@ from llama_tut.tools.choice import (
     read_choices,
 )
 from llama_tut.tools.compilation import compile_model
-from llama_tut.tools.curves import draw_curves, print_report, write_samples
+from llama_tut.tools.curves import write_results
 from llama_tut.tools.devices import autocast, matmul_dtype, peak_flops
-from llama_tut.tools.files import InputError, read_json, require
+from llama_tut.tools.files import read_json, require
 from llama_tut.tools.memory import announce
 from llama_tut.tools.options import (
     changes,
@@ -42,6 +48,7 @@ from llama_tut.tools.options import (
     llama_config,
     saved_state,
 )
+from llama_tut.tools.predictions import check_items
 from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.ranks import (
     any_rank,
@@ -58,8 +65,8 @@ from llama_tut.tools.runs import (
     lock_folder,
     open_recorder,
     print0,
-    read_metrics,
     stop_signals,
+    was_measured,
 )
 from llama_tut.tools.tokenizers import encode_prompt, transformers_tokenizer
 from llama_tut.trainer import baseline_losses, evaluate, training_steps
@@ -114,8 +121,8 @@ def train(
     say, lock = partial(print0, ranks.rank), nullcontext()
     try:
         layout = build_layout(config, ranks)
-        announce(config, info, ranks, build_model, say, **layout.memory)
         with shared_errors():  # rank 0 holds the folder for all ranks
+            announce(config, info, ranks, build_model, say, **layout.memory)
             if ranks.rank == 0:
                 lock = lock_folder(Path(config.out), config.resume)
         with lock, stop_signals() as signals:
@@ -146,8 +153,7 @@ def prepare_run(
     with shared_errors(ranks.gloo_group):
         loader = build_loader(config, info, layout.readers, "train")
         validation = build_loader(config, info, layout.readers, "val")
-        example = loader.next_batch()  # any batch: it leaves no trace
-        loader.position = 0
+        example = loader.batch_at(0)  # any batch would do
     dtype = matmul_dtype(config.dtype, ranks.device)
     cast = partial(autocast, ranks.device, dtype)
     build = partial(build_model, config, info)
@@ -271,23 +277,29 @@ def measure(run):
     return line
 
 
+@contextmanager
+def evaluating(run):
+    """The model in eval mode, its products in the run's dtype."""
+    run.model.eval()
+    try:
+        with run.autocast():
+            yield run.model
+    finally:
+        run.model.train()
+
+
 def measure_hellaswag(run, examples):
     """Accuracy by summed log-probability, and its standard error."""
-    run.model.eval()
-    with run.autocast():
-        predictions = score(
-            run.model, run.tokenizer, examples, score_batch=run.score_batch
+    with evaluating(run) as model:
+        return accuracy(
+            score(model, run.tokenizer, examples, score_batch=run.score_batch)
         )
-    run.model.train()
-    return accuracy(predictions)
 
 
 def measure_choice(run, choices):
     """Accuracy on items of continuation choice, and its standard error."""
-    run.model.eval()
-    with run.autocast():
-        scores = choice_scores(run.model, choices, run.info.end_of_text)
-    run.model.train()
+    with evaluating(run) as model:
+        scores = choice_scores(model, choices, run.info.end_of_text)
     return choice_accuracy(scores, choices.answers)
 
 
@@ -311,7 +323,12 @@ def open_what_the_end_needs(run):
             ranks, read_examples, source, config.hellaswag_limit
         )
         with shared_errors(ranks.gloo_group):
-            measure_hellaswag(run, run.examples[:2])
+            items = [
+                encode(run.tokenizer, example) for example in run.examples
+            ]
+            c = run.model.config
+            check_items(items, c.max_position_embeddings, c.vocab_size)
+        measure_hellaswag(run, run.examples[:2])
     if config.choice:
         run.choices, run.baselines = on_rank_zero(
             ranks, read_choices, config.data, config.choice
@@ -379,31 +396,19 @@ def save(run):
 
 def finish(run, ended, save_model):
     """All ranks find the whole model, then rank 0 writes what is left."""
-    control = None
+    control, folder = None, Path(run.config.out)
+    if ended and not on_rank_zero(run.ranks, was_measured, folder):
+        # Stopped at this step, and resumed with the same --steps.
+        tokens = run.step * run.config.tokens_per_step
+        line = {"step": run.step, "tokens": tokens, **measure(run)}
+        if run.recorder is not None:
+            run.recorder.write(line)
     if ended and run.choices:
         control, _ = measure_choice(run, exchange_contexts(run.choices))
     if ended:
         run.model = run.layout.whole(run.model, run.build)
+    levels = baseline_losses(run.info)
     return on_rank_zero(
-        run.ranks, write_results, run, ended, control, save_model
-    )
-
-
-def write_results(run, ended, control, save_model):
-    """Rank 0's last work; the last line of metrics.jsonl."""
-    folder, levels = Path(run.config.out), baseline_losses(run.info)
-    run.recorder.flush()
-    run.recorder.bar.close()
-    lines = read_metrics(folder / "metrics.jsonl")
-    try:
-        if ended:
-            save_model(run.model, folder / "model", run.tokenizer)
-        if lines:
-            draw_curves(folder, levels).savefig(folder / "curves.png", dpi=150)
-        if ended:
-            print_report(run, lines[-1], levels, control)
-            write_samples(run, generate)
-            run.say(f"\nwrote {folder / 'model'}")
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}") from error
-    return lines[-1] if lines else None
+        run.ranks, write_results, run, ended, levels, control,
+        save_model, generate,
+    )  # fmt: skip

@@ -23,8 +23,8 @@ class LlamaRMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x):
-        """x [B, T, D] in any float dtype -> the same shape and dtype."""
-        # In 16 bits the squares overflow or are rounded.
+        """x [B, T, D] -> the same shape, in the dtype of `weight * x`."""
+        # In float16 the squares overflow; in bfloat16 their mean is rounded.
         x32 = x.float()  # [B, T, D]
         mean_square = x32.square().mean(-1, keepdim=True)  # [B, T, 1]
         y = x32 * torch.rsqrt(mean_square + self.eps)  # [B, T, D]

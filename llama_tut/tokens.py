@@ -116,6 +116,6 @@ class BPE:
         return self.merges.get(pair, math.inf)
 
     def decode(self, ids):
-        """The text of ids; bytes that are no UTF-8 become a question mark."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD (�)."""
         data = b"".join(self.tokens[token] for token in ids)
         return data.decode(errors="replace")

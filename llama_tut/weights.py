@@ -116,8 +116,8 @@ def load_state(model, table, dtype=None, device="cpu"):
     return model
 
 
-# model_type: (class of the config, load(folder, dtype, device)), where a later
-# chapter adds one (26)
+# model_type: (class of the config, load(folder, dtype, device)); llama_tut.moe
+# (chapter 26) adds "mixtral" and "glm4_moe" when it is imported
 FAMILIES = {}
 
 
@@ -141,10 +141,11 @@ def load_pretrained(name=None, dtype=None, device="cpu"):
         InputError: there is no such model, or it cannot be built.
     """
     folder = find_pretrained(name)
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind in FAMILIES:
+        _, load = FAMILIES[kind]
+        return load(folder, dtype, device)
     config, table = read_config(folder), tensor_table(folder)
-    for kind, load in FAMILIES.values():
-        if isinstance(config, kind):
-            return load(folder, dtype, device)
     # Before anything is built: a wrong number of layers might take for ever.
     blocks = [x.split(".")[2] for x in table if x.startswith("model.layers.")]
     here, there = config.num_hidden_layers, len(set(blocks))

@@ -6,7 +6,7 @@ python scripts/caption.py --model runs/digits/model --image PICTURE.png
 from pathlib import Path
 
 import torch
-from models import DTYPES, check_device
+from models import DTYPES, find_device
 
 from llama_tut.multimodal import load_pictures, read
 from llama_tut.tools.cli import Parser, run
@@ -31,14 +31,15 @@ def build_parser():
     )
     add("--dtype", choices=DTYPES, default="stored", help="of the weights")
     add("--device", default="cpu", help="cpu, cuda, mps ...")
-    add("--max-new-tokens", type=int, default=30, help="at most so many")
+    add("--max-new-tokens", type=int, help="None: 30, or what fits")
     return parser
 
 
 def main():
     args = build_parser().parse_args()
-    require(args.max_new_tokens >= 1, "--max-new-tokens must be 1 or more")
-    check_device(args.device)
+    new = args.max_new_tokens
+    require(new is None or new >= 1, "--max-new-tokens must be 1 or more")
+    device = find_device(args.device)
     folder = Path(args.model).expanduser()
     refuse_run(folder)
     require(folder.is_dir(), f"there is no folder {folder}")
@@ -47,12 +48,11 @@ def main():
     pictures = [read_picture(file, height, width) for file in args.image]
     tokenizer = read_tokenizer(folder)
     dtype = DTYPES[args.dtype]
-    model = load_pictures(folder).to(device=args.device, dtype=dtype)
-    shown = torch.stack(pictures).to(
-        args.device, model.text.output_weight.dtype
-    )
+    model = load_pictures(folder).to(device=device, dtype=dtype)
+    shown = torch.stack(pictures).to(device, model.text.output_weight.dtype)
     end = separator_id(folder, tokenizer)
-    answers = read(model, shown, end, args.max_new_tokens)
+    room = config.text.max_position_embeddings - 1 - config.places
+    answers = read(model, shown, end, new or max(1, min(30, room)))
     for file, ids in zip(args.image, answers, strict=True):
         text = tokenizer.decode(ids)
         one = len(args.image) == 1

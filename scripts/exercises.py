@@ -22,7 +22,6 @@ from llama_tut.tools.files import require
 
 LEAST = 2  # exercises a chapter
 LEAST_WRONG = 3  # wrong answers an exercise
-FEW_WRONG_ANSWERS_FAIL = True  # or are they only listed?
 
 
 def tagged(notebook, tag):
@@ -117,8 +116,7 @@ def report(notebook, name, solved):
     print(f"    solution: {solved}")
     if solved != "right":
         found.append(f"{name}: the solution gets {solved!r}")
-    if FEW_WRONG_ANSWERS_FAIL:
-        found += few_wrong_answers([name])
+    found += few_wrong_answers([name])
     for answer, hint in one.wrong:
         said = exercises.verdict(name, answer)
         print(f"    {answer.__name__}: {said}")
@@ -145,9 +143,6 @@ def main():
     found = []
     for name in args.chapters or table:
         found += faults(*table[name])
-    if not FEW_WRONG_ANSWERS_FAIL:
-        for line in few_wrong_answers(exercises.EXERCISES):
-            print(f"note: {line}")
     print(f"{len(exercises.EXERCISES)} exercises, {len(found)} faults")
     for fault in found:
         print(f"fault: {fault}", file=sys.stderr)

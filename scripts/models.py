@@ -65,12 +65,18 @@ def load_tokenizer(folder):
         ) from error
 
 
-def check_device(name):
-    """Refuse a device that this machine does not have."""
+def find_device(name):
+    """The torch.device of this name; refuses one that is not here."""
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r}: {first_line(error)}") from error
+    require(
+        device.type != "meta",
+        "--device meta holds no numbers: take cpu, cuda or mps",
+    )
+    return device
 
 
 def load_transformers(folder, dtype, device):
@@ -95,12 +101,12 @@ def load(args, transformers=False, packed=False):
         transformers: let transformers build it.
         packed: lay its matrices out for oneDNN, on a CPU (chapter 21).
     """
-    check_device(args.device)
+    device = find_device(args.device)
     folder = find_pretrained(args.model)
     read_config(folder)  # before transformers reads it, for the tokenizer
     tokenizer = load_tokenizer(folder)
     loader = load_transformers if transformers else load_pretrained
-    model = loader(folder, DTYPES[args.dtype], args.device)
+    model = loader(folder, DTYPES[args.dtype], device)
     V = model.config.vocab_size
     if len(tokenizer) > V:  # a padding token, perhaps, that no text produces
         print(
@@ -108,6 +114,6 @@ def load(args, transformers=False, packed=False):
             f"the model {V}",
             file=sys.stderr,
         )
-    if packed and not transformers and args.device == "cpu":
+    if packed and not transformers and device.type == "cpu":
         model = pack_weights(model)
     return model.eval(), tokenizer

@@ -15,9 +15,10 @@ from llama_tut.plan import Setup, make_plan
 from llama_tut.tools import memory
 from llama_tut.tools.cli import Parser, run
 from llama_tut.tools.devices import without_memory
-from llama_tut.tools.files import read_json, require, write_json
+from llama_tut.tools.files import InputError, read_json, require, write_json
 from llama_tut.tools.memory import in_bytes
 from llama_tut.tools.plans import GPUS, LLAMA3, short
+from llama_tut.tools.pretrained import refuse_run
 from llama_tut.tools.timeline import draw_timeline
 
 
@@ -60,24 +61,29 @@ def find_config(name):
         folder.is_dir(),
         f"--model {name}: neither a folder nor one of {known}",
     )
+    refuse_run(folder)
     file = folder / "config.json"
     require(file.is_file(), f"--model {name}: the folder has no config.json")
     return LlamaConfig.from_hf(read_json(file))
 
 
+MOST = {
+    "gpus": 2**17,
+    "tensor_parallel": 2**10,
+    "sequence_length": 2**24,
+    "micro_batch_size": 2**16,
+    "tokens": 1e18,
+}
+
+
 def check(args):
     """Refuse what cannot be planned, before the work."""
-    for name in (
-        "gpus",
-        "tensor_parallel",
-        "sequence_length",
-        "micro_batch_size",
-        "tokens",
-    ):
+    for name, most in MOST.items():
         number = getattr(args, name)
         flag = "--" + name.replace("_", "-")
-        require(1 <= number < 1e18, f"{flag} {number} must be at least 1")
-    require(args.price >= 0, f"--price {args.price} is below 0")
+        require(1 <= number <= most, f"{flag} {number}: take 1 to {most:,.0f}")
+    price = args.price
+    require(0 <= price < 1e6, f"--price {price}: take 0 to 1,000,000")
     share = args.efficiency
     require(0 < share <= 1, f"--efficiency {share} must be above 0, at most 1")
     for name in ("plot", "json"):
@@ -183,10 +189,16 @@ def main():
     )
     made = make_plan(config, setup, gpu)
     report(args, config, made, gpu, by_formula(config, setup))
-    if args.json is not None:
-        write_json(args.json, {"setup": vars(setup), **made})
-    if args.plot is not None:
-        plot(args, made, gpu)
+    try:
+        if args.json is not None:
+            write_json(args.json, {"setup": vars(setup), **made})
+        if args.plot is not None:
+            plot(args, made, gpu)
+    except OSError as error:
+        out = error.filename or args.json or args.plot
+        raise InputError(
+            f"{out} cannot be written: {error.strerror}"
+        ) from error
 
 
 if __name__ == "__main__":

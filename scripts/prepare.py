@@ -77,6 +77,9 @@ def main():
             "pictures need the tokenizer of the model that will read them: "
             "--tokenizer RUN/model",
         )
+        for name in ("vocab_size", "max_tokens", "val_share", "text_column"):
+            option = "--" + name.replace("_", "-")
+            require(options[name] is None, f"{option} is not for pictures")
         info = prepare_pictures(corpus[0], tokenizer, out)
         report_pictures(info, out, time.perf_counter() - start)
         return

@@ -98,12 +98,12 @@ def tokens_of(model, ids, new, stops, args):
     """The new tokens, one by one, as the options say."""
     if args.fast:
         make = RecordedReader
-        if args.device == "cpu":
+        if ids.device.type == "cpu":
             make = partial(FastReader, draft=four_bit_draft(model))
         fast = FastModel(model)
         return stream_guessing(fast, ids, new, stops, make_reader=make)
     # Guessing from the text was measured to pay on a CPU, in float32.
-    greedy = args.temperature == 0 and args.device == "cpu"
+    greedy = args.temperature == 0 and ids.device.type == "cpu"
     exact = model.output_weight.dtype == torch.float32
     if greedy and exact and not (args.plain or args.chunk_size):
         return stream_guessing(model, ids, new, stops)

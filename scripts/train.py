@@ -109,6 +109,17 @@ def picture_parts(config):
     """What `train` needs to train on pictures (chapter 27), else nothing."""
     if not config.extra.get("text_model"):
         return {}
+    require(
+        config.extra.get("mlp", "dense") == "dense",
+        "--mlp is not for --text-model: leave one of them out",
+    )
+    require(not config.hellaswag, "--hellaswag is not for --text-model")
+    usual = PRESETS[config.preset]["model"]
+    for name in config.model.keys() | usual.keys():
+        require(
+            config.model.get(name) == usual.get(name),
+            f"{flag(name)}: the text model brings its shape, leave it out",
+        )
 
     def speed_up_text(model, device, dtype):
         speed_up(model.text, device, dtype)

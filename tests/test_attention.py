@@ -80,7 +80,7 @@ def test_gradients():
 
 
 def test_neighbouring_heads_share_keys():
-    """Head h reads key head h // G: repeated in place, not tiled."""
+    """Head h reads key head h // G: side by side, not tiled."""
     q, k, v = heads(7, 7)
     v[:, 1] = 0
     silent = (attend(q, k, v) == 0).flatten(2).all(-1)

@@ -10,8 +10,6 @@ from pathlib import Path
 import gpu
 import pytest
 
-from llama_tut.tools.machine import gpu_results
-
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 PARTS = (
@@ -111,12 +109,3 @@ def test_it_ends_within_its_time_whatever_a_part_does(tmp_path):
     assert done.returncode == 0
     assert read(tmp_path, "ranks")["status"] == "out of time"
     assert "run: no time is left" in done.stdout
-
-
-def test_only_results_of_a_gpu_are_shown(tmp_path):
-    assert gpu_results(tmp_path) == {}
-    for part, tiny in (("ceilings", False), ("run", True)):
-        content = {"part": part, "tiny": tiny, "results": {"a": 1}}
-        (tmp_path / f"gpu_{part}.json").write_text(json.dumps(content))
-    assert list(gpu_results(tmp_path)) == ["ceilings"]
-    assert gpu_results(tmp_path)["ceilings"]["results"] == {"a": 1}

@@ -228,12 +228,12 @@ GOOD = {"activity_label": "a", "ctx": "b", "endings": list("wxyz"), "label": 0}
         (GOOD | {"endings": ["a", "b", "c", ""]}, "line 2: an empty ending"),
         (GOOD | {"endings": ["a", "b", "c", "  "]}, "an empty ending"),
         (GOOD | {"endings": ["a", "b", "c", "[header]"]}, "an empty ending"),
-        (GOOD | {"endings": ["a", "b", "c", 4]}, "an ending is no text"),
+        (GOOD | {"endings": ["a", "b", "c", 4]}, "an ending is not a string"),
         ("[" * 100_000, "line 2: not JSON"),
-        (GOOD | {"endings": "abcd"}, "line 2: endings is no list"),
+        (GOOD | {"endings": "abcd"}, "line 2: endings is not a list"),
         (GOOD | {"label": 4}, "line 2: label '4', not 0 to 3"),
         (GOOD | {"label": ""}, "line 2: label '', not 0 to 3"),
-        (GOOD | {"ctx": 3}, "line 2: ctx is no text"),
+        (GOOD | {"ctx": 3}, "line 2: ctx is not a string"),
         ({"ctx": "b", "label": 0}, "line 2: activity_label, endings missing"),
     ],
 )
@@ -303,7 +303,7 @@ def agree(name, examples, lines, model, count=None, score_batch=score_rows):
 
 
 def test_own_examples_as_the_harness():
-    """The plain way: a few here, all of them in the chapter."""
+    """The plain way: a few, as in the chapter; the fast way: all of them."""
     lines = (ROOT / "llama_tut/hellaswag_small.jsonl").read_text().splitlines()
     name, model = "hellaswag_harness_small.json", load_pretrained().eval()
     agree(name, read_examples(), lines, model, count=6)

@@ -341,7 +341,10 @@ def test_stacks_decay_and_are_many_matrices_to_muon():
         ({"expert_groups": 2, "open_groups": 3}, "there are only 2 groups"),
         ({"experts_per_token": 3}, "not a multiple of the 3 experts"),
         ({"expert_size": 0}, "--expert-size must be"),
-        ({"shared_experts": -1}, "--shared-experts -1 is below 0"),
+        (
+            {"shared_experts": -1},
+            "--shared-experts must be a number, at least 0, not -1",
+        ),
         (
             {"expert_groups": 4, "experts_per_token": 4},
             "open groups have only 2",

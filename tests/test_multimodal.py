@@ -171,7 +171,7 @@ def test_read_stops_at_the_end(model):
 
 def make_loader(folders, config, split="train", **options):
     """A loader of the small data."""
-    settings = dict(batch_size=4, sequence_length=T, model=config, end=256)
+    settings = dict(batch_size=4, sequence_length=T, config=config, end=256)
     return PictureLoader(folders[1], split, **(settings | options))
 
 
@@ -211,7 +211,7 @@ def test_rows_that_would_be_cut_and_other_folders_are_refused(
     with pytest.raises(InputError, match="take at least"):
         make_loader(folders, config, sequence_length=14)
     with pytest.raises(InputError, match="no pictures"):
-        PictureLoader(tmp_path, "train", 4, T, model=config)
+        PictureLoader(tmp_path, "train", 4, T, config=config)
     with pytest.raises(InputError, match="rows"):
         make_loader(folders, config, batch_size=65)
 
@@ -344,7 +344,7 @@ def test_options_that_cannot_be(folders, config, tmp_path):
         configure({"freeze_text": True}, [PictureOptions])
     with pytest.raises(InputError, match="--patch-size"):
         configure({"patch_size": 0}, [PictureOptions])
-    with pytest.raises(InputError, match="whole number"):
+    with pytest.raises(InputError, match="multiples of 3"):
         run(options(folders, tmp_path / "run", patch_size=3))
 
 

@@ -27,7 +27,7 @@ from llama_tut.tools.options import (
 from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.ranks import Ranks
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 PART = "shard-00001-model-00001-of-00001.safetensors"  # of the one rank
@@ -148,7 +148,7 @@ def test_a_resumed_run_must_be_the_same_run(config, tmp_path, capsys):
         ({"tokens_per_step": 1024}, "--tokens-per-step was 512"),
         ({"sequence_length": 16}, "--sequence-length was 32"),
         ({"optimizer": "muon"}, "--optimizer was adamw"),
-        ({"model": model}, "--head-dim was 16, now it is 8"),
+        ({"model": model}, "--num-attention-heads was 2, now it is 4"),
         ({"data": str(tiny_data(tmp_path, seed=1))}, "the hash of --data"),
     ):
         before = (Path(config.out) / "metrics.jsonl").read_bytes()
@@ -160,6 +160,32 @@ def test_a_resumed_run_must_be_the_same_run(config, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "--learning-rate was 0.01, from here on it is 0.005" in said
     assert not any(line.startswith("--seed") for line in said)
+
+
+def test_an_example_that_is_too_long_is_found_before_the_first_step(
+    config, tmp_path
+):
+    short, long = "a b", "a b " * 30
+    lines = [
+        {"ind": i, "activity_label": "a", "ctx": "c", "label": 0}
+        | {"endings": [end] * 4}
+        for i, end in enumerate([short, short, long])
+    ]
+    file = tmp_path / "examples.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match="the model's context only 32"):
+        train(replace(config, hellaswag=str(file)))
+    assert not (Path(config.out) / "metrics.jsonl").exists()
+
+
+def test_a_run_that_stopped_at_its_last_step_is_measured(config, capsys):
+    with pytest.raises(Crash):
+        train(config, crashing(8 * 5 + 1))  # saved at step 4
+    last = train(replace(config, resume=True, steps=4))
+    assert last["step"] == 4 and math.isfinite(last["val_loss"])
+    assert "nan" not in capsys.readouterr().out
+    again = train(replace(config, resume=True, steps=4))
+    assert again == last  # nothing is measured or written twice
 
 
 def test_damaged_checkpoint_is_skipped_and_said(config, capsys):

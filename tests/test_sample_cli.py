@@ -73,6 +73,7 @@ def test_the_text_fills_the_context_and_ends(folder, sample):
         ),
         (["--prompt", "x", "--colour", "red"], ["--colour"]),
         (["--prompt", "x", "--device", "cuda:77"], ["device"]),
+        (["--prompt", "x", "--device", "meta"], ["--device meta", "cpu"]),
         ([], ["--prompt"]),
     ],
 )
@@ -106,7 +107,13 @@ def test_bad_folders_are_one_line(folder, sample, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "way", [("--plain",), ("--fast",), ("--chunk-size", 2)]
+    "way",
+    [
+        ("--plain",),
+        ("--fast",),
+        ("--fast", "--device", "cpu:0"),
+        ("--chunk-size", 2),
+    ],
 )
 def test_every_way_gives_the_same_text(folder, sample, way):
     always = ("--model", folder, "--prompt", "To be", "--temperature", "0")

@@ -18,7 +18,7 @@ from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.ranks import Ranks
 from llama_tut.trainer import evaluate, train_step, training_steps
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def test_micro_batches_and_their_number_do_not_matter(config, data):

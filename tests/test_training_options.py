@@ -330,7 +330,8 @@ def test_hellaswag(short, monkeypatch):
 
     monkeypatch.setattr(pretraining, "score", score)
     assert "hellaswag" not in short()[1][-1] and not asked
-    _, lines, _ = short(hellaswag="own", hellaswag_limit=6)
+    fits = {"hellaswag": "own", "sequence_length": 64}
+    _, lines, _ = short(hellaswag_limit=6, **fits)
     assert lines[-1]["hellaswag"] == 0.5 and asked == [2, 6]
 
 
@@ -343,7 +344,7 @@ def test_hellaswag_limit(short, monkeypatch):
 
     monkeypatch.setattr(pretraining, "score", score)
     for limit in (3, 5):
-        short(hellaswag="own", hellaswag_limit=limit)
+        short(hellaswag="own", hellaswag_limit=limit, sequence_length=64)
     assert asked == [2, 3, 2, 5]
 
 

@@ -191,20 +191,20 @@ def silu_last(x, gate_up, down):
 def check_backward(answer):
     """Gradients of silu(z) * u."""
     torch.manual_seed(0)
-    gate, value = torch.randn(2, 6, requires_grad=True).unbind()
+    z, value = torch.randn(2, 6, requires_grad=True).unbind()
     dy = torch.randn(6)
-    wanted = torch.autograd.grad(F.silu(gate) * value, (gate, value), dy)
-    gate, value = gate.detach(), value.detach()
-    found = answer(gate, value, dy)
+    wanted = torch.autograd.grad(F.silu(z) * value, (z, value), dy)
+    z, value = z.detach(), value.detach()
+    found = answer(z, value, dy)
     expect(
         isinstance(found, tuple | list) and len(found) == 2,
-        "return two gradients: that of the gate, that of the value",
+        "return two gradients: that of z, that of the value",
     )
     expect(
         not torch.allclose(found[0], wanted[1], atol=1e-5),
-        "the order is gate, value",
+        "the order is z, value",
     )
-    s = torch.sigmoid(gate)
+    s = torch.sigmoid(z)
     for slope, hint in (
         (s, "s moves with z too: the slope has a second term"),
         (s * (1 - s), "that is the slope of the sigmoid; SiLU is z times it"),
@@ -215,29 +215,29 @@ def check_backward(answer):
         not torch.allclose(found[1], dy * value, atol=1e-5),
         "d value: the slope in u is the other factor, silu(z), and not u",
     )
-    expect_close(found[0], wanted[0], "d gate is dy * value * slope", 1e-4)
-    expect_close(found[1], wanted[1], "d value is dy * silu(gate)", 1e-4)
+    expect_close(found[0], wanted[0], "dz is dy * value * slope", 1e-4)
+    expect_close(found[1], wanted[1], "d value is dy * silu(z)", 1e-4)
 
 
 @wrong("mlp.backward", "moves with z too")
-def sigmoid_as_constant(gate, value, dy):
-    s = torch.sigmoid(gate)
-    return dy * value * s, dy * gate * s
+def sigmoid_as_constant(z, value, dy):
+    s = torch.sigmoid(z)
+    return dy * value * s, dy * z * s
 
 
 @wrong("mlp.backward", "slope of the sigmoid")
-def slope_of_sigmoid(gate, value, dy):
-    s = torch.sigmoid(gate)
-    return dy * value * s * (1 - s), dy * gate * s
+def slope_of_sigmoid(z, value, dy):
+    s = torch.sigmoid(z)
+    return dy * value * s * (1 - s), dy * z * s
 
 
 @wrong("mlp.backward", "the other factor")
-def value_for_itself(gate, value, dy):
-    s = torch.sigmoid(gate)
-    return dy * value * (s + gate * s * (1 - s)), dy * value
+def value_for_itself(z, value, dy):
+    s = torch.sigmoid(z)
+    return dy * value * (s + z * s * (1 - s)), dy * value
 
 
 @wrong("mlp.backward", "the order is")
-def other_order(gate, value, dy):
-    s = torch.sigmoid(gate)
-    return dy * gate * s, dy * value * (s + gate * s * (1 - s))
+def other_order(z, value, dy):
+    s = torch.sigmoid(z)
+    return dy * z * s, dy * value * (s + z * s * (1 - s))

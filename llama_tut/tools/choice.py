@@ -207,6 +207,7 @@ def read_choices(folder, count):
     """
     info = load_dataset_info(folder)
     tokenizer = read_tokenizer(Path(folder) / "tokenizer")
+    require(info.val_shards, f"--choice is for text: {folder} holds pictures")
     ends = line_ends(tokenizer, info.vocab_size)
     val = first_tokens(folder, "val", CHOICE_TOKENS)
     choices = choice_items(val, ends, info.end_of_text, count)

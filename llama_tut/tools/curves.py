@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from llama_tut.tools.files import read_json
+from llama_tut.tools.files import InputError, read_json
 from llama_tut.tools.runs import read_metrics
 from llama_tut.tools.tokenizers import read_tokenizer
 
@@ -114,6 +114,35 @@ def print_report(run, line, levels, control=None):
         accuracies if run.choices else None,
     ):
         run.say(text)
+
+
+def write_results(run, ended, levels, control, save_model, generate):
+    """Rank 0's last work; the last line of metrics.jsonl.
+
+    Args:
+        run: it holds the whole model if it has `ended`.
+        levels, control: as those of `print_report`.
+        save_model: (model, folder, tokenizer) writes the model's folder.
+        generate: that of chapter 11.
+
+    Raises: InputError: the folder cannot be written.
+    """
+    folder = Path(run.config.out)
+    run.recorder.flush()
+    run.recorder.bar.close()
+    lines = read_metrics(folder / "metrics.jsonl")
+    try:
+        if ended:
+            save_model(run.model, folder / "model", run.tokenizer)
+        if lines:
+            draw_curves(folder, levels).savefig(folder / "curves.png", dpi=150)
+        if ended:
+            print_report(run, lines[-1], levels, control)
+            write_samples(run, generate)
+            run.say(f"\nwrote {folder / 'model'}")
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error
+    return lines[-1] if lines else None
 
 
 def write_samples(run, generate):

@@ -8,7 +8,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from llama_tut.tools.files import read_json, write_json
+from llama_tut.tools.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,17 +59,3 @@ def write_result(name, numbers):
     path = RESULTS / f"{name}.json"
     write_json(path, {"machine": describe(), **numbers})
     print(f"wrote {path}")
-
-
-def gpu_results(folder=RESULTS):
-    """What benchmarks/gpu.py measured: {part: its file's content}.
-
-    Empty where its files, gpu_PART.json, are not in the folder. A trial run
-    on a CPU (`--tiny`) does not count.
-    """
-    found = {}
-    for path in sorted(Path(folder).glob("gpu_*.json")):
-        content = read_json(path)
-        if not content["tiny"]:
-            found[content["part"]] = content
-    return found

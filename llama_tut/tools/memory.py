@@ -67,8 +67,12 @@ def plan(
     rows = config.micro_batch_size * T
     N = sum(p.numel() for p in model.parameters())
     half = dtype == torch.bfloat16
-    own = math.ceil(N / (shards * tensor_parallel))
-    parts = {"parameters": 4 * own, "gradients": 4 * own, "optimizer": 8 * own}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own, moving = (
+        math.ceil(n / (shards * tensor_parallel)) for n in (N, trained)
+    )
+    parts = {"parameters": 4 * own, "gradients": 4 * moving}
+    parts["optimizer"] = 8 * moving
     if shards == 1:
         parts["bfloat16 copies"] = 2 * own * half
     llama = model.config
@@ -168,10 +172,8 @@ def describe(config, info, model, world_size, device, dtype, **layout):
         f"{config.micro_batch_size} x tokens {config.sequence_length} = "
         f"{config.tokens_per_step:,} tokens, on {device.type}, {dtype}"
     )
-    parts, room = (
-        plan(config, model, device, dtype, **layout),
-        capacity(device),
-    )
+    parts = plan(config, model, device, dtype, **layout)
+    room = capacity(device)
     listed = ", ".join(
         f"{name} {in_bytes(b)}" for name, b in parts.items() if b
     )

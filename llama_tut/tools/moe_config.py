@@ -1,5 +1,6 @@
 """Options of scripts/train.py for experts, and the config of such a model."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -104,7 +105,15 @@ def check_moe(c):
         check_number("--expert-size", c.expert_size, whole=True)
     for name in ("shared_experts", "dense_layers", "balance"):
         value = getattr(c, name) or 0
-        require(value >= 0, f"{flag(name)} {value} is below 0")
+        require(
+            0 <= value < math.inf,
+            f"{flag(name)} must be a number, at least 0, not {value}",
+        )
+    require(
+        c.dense_layers < c.num_hidden_layers,
+        f"--dense-layers {c.dense_layers}: one of the "
+        f"{c.num_hidden_layers} layers must have experts",
+    )
     require(k <= E, f"--experts-per-token {k} is more than --experts {E}")
     require(
         E % G == 0,

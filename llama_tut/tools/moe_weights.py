@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import torch
 
-from llama_tut.config import LlamaConfig, read_hf
+from llama_tut.config import LlamaConfig, check_number, read_hf
 from llama_tut.tools.files import require
 from llama_tut.tools.safetensors_folder import Stored, tensor_table
 
@@ -55,8 +55,11 @@ def read_moe(hf):
             f"config has {name} = {value!r}; this book builds only {built!r}",
         )
     names = MIXTRAL if kind == "mixtral" else GLM4
-    missing = [name for name in names if name not in hf]
-    require(not missing, f"config lacks {', '.join(missing)}")
+    sizes = ("num_experts_per_tok", "num_hidden_layers", "intermediate_size")
+    missing = [name for name in {**names}.keys() | {*sizes} if name not in hf]
+    require(not missing, f"config lacks {', '.join(sorted(missing))}")
+    for name in sizes:
+        check_number(f"config's {name}", hf[name], whole=True)
     own = {ours: hf[theirs] for theirs, ours in names.items()}
     if kind == "mixtral":
         k, L = hf["num_experts_per_tok"], hf["num_hidden_layers"]

@@ -65,13 +65,7 @@ class TrainConfig:
     def __post_init__(self):
         for least, names in AT_LEAST.items():
             for name in names.split():
-                value, most = getattr(self, name), AT_MOST.get(name, math.inf)
-                if value is None:
-                    continue
-                low = f"{flag(name)} must be at least {least}, not {value}"
-                high = f"{flag(name)} must be at most {most}, not {value}"
-                require(not value > most, high)
-                require(value >= least, low)
+                check_size(self, name, least, AT_MOST.get(name, math.inf))
         check_choices(self)
         short = self.choice and self.sequence_length < ITEM_TOKENS
         require(
@@ -97,6 +91,20 @@ AT_MOST = {
     "vocab_multiple": 2**20,
     "samples": 1000,
 }
+
+
+def check_size(config, name, least, most):
+    """Refuse a value that is no number, or none of `least` to `most`."""
+    value, kind = getattr(config, name), config.__annotations__[name]
+    if value is None and kind == int | None:
+        return
+    kinds = (int, float) if kind is float else int
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    above = f"at most {most}" if most < math.inf else "finite"
+    require(
+        number and least <= value <= most and value < math.inf,
+        f"{flag(name)} must be at least {least} and {above}, not {value!r}",
+    )
 
 
 def check_choices(config):
@@ -333,7 +341,8 @@ def check_same_run(path, before, after):
         for name in sorted(was.keys() | extra.keys()):
             values = (one.get(name, "its default") for one in (was, extra))
             pairs.append((flag(name), *values))
-    for name in sorted(shape.keys() | now.keys() if shape else ()):
+    given = [name for name in new["model"] if name in shape]  # named first
+    for name in dict.fromkeys([*given, *sorted(shape | now)] if shape else ()):
         pairs.append((flag(name), shape.get(name), now.get(name)))
     for name, was, now in pairs:
         require(
@@ -346,7 +355,7 @@ def check_same_run(path, before, after):
 def changes(before, config):
     """A line for each option that is another than in the checkpoint."""
     old_options, new_options = before["config"], asdict(config)
-    old_options |= old_options.get("extra", {})
+    old_options = old_options | old_options.get("extra", {})
     new_options |= new_options.pop("extra")
     for name, new in new_options.items():
         old = old_options.get(name, new)

@@ -46,8 +46,8 @@ class PictureConfig:
     """A text model, an encoder's blocks, and pictures of one size.
 
     Raises:
-        InputError: the pictures are no whole number of patches, or the text
-            model has experts.
+        InputError: the pictures cannot be cut into whole patches, or the
+            text model has experts.
     """
 
     text: LlamaConfig
@@ -67,8 +67,9 @@ class PictureConfig:
         step = self.patch_size * self.shuffle
         require(
             self.height % step == 0 == self.width % step,
-            f"{self.width} x {self.height} pixels are no whole number of "
-            f"{self.shuffle} x {self.shuffle} patches of {self.patch_size}",
+            f"{self.width} x {self.height} pixels: width and height must be "
+            f"multiples of {step} (patches of {self.patch_size} pixels, joined "
+            f"{self.shuffle} x {self.shuffle})",
         )
 
     @property

@@ -9,7 +9,16 @@ import numpy as np
 import torch
 
 from llama_tut.tools.baselines import ngram_nats
-from llama_tut.tools.dataset import DatasetInfo
+from llama_tut.tools.data_folder import (
+    NOTE,
+    begin,
+    check_folder,
+    finished,
+    locked,
+    remove,
+    system_errors,
+)
+from llama_tut.tools.dataset import DatasetInfo, load_dataset_info
 from llama_tut.tools.digits import DIGITS_WHEEL, digit_pairs
 from llama_tut.tools.files import (
     InputError,
@@ -19,7 +28,11 @@ from llama_tut.tools.files import (
     write_json,
 )
 from llama_tut.tools.printed_words import word_pictures
-from llama_tut.tools.tokenizers import read_tokenizer, separator_id
+from llama_tut.tools.tokenizers import (
+    Encoder,
+    read_tokenizer,
+    separator_id,
+)
 
 # The tokens of the answers
 
@@ -70,69 +83,71 @@ def prepare_pictures(corpus, tokenizer, out, count=None):
     out, source = Path(out), Path(tokenizer)
     count = count or CORPORA[corpus]
     core = read_tokenizer(source)
-    end = separator_id(source, core)
     name = digest((source / "tokenizer.json").read_bytes())
-    asked = [corpus, count, name, DIGITS_WHEEL]
-    key = digest(json.dumps(asked).encode())
-    if (out / "dataset.json").is_file():
-        info = json.loads((out / "dataset.json").read_text())
-        require(
-            info.get("settings") == key,
-            f"{out} holds other data: choose another --out, or delete it",
+    key = digest(json.dumps([corpus, count, name, DIGITS_WHEEL]).encode())
+    with system_errors(out):
+        if finished(out, key):
+            return load_dataset_info(out)
+        check_folder(out)
+        with locked(out):
+            if not finished(out, key):  # another process may have made it
+                made = {
+                    split: make_pictures(corpus, split, count)
+                    for split in ("train", "val")
+                }
+                begin(out, key)
+                write_folder(out, source, core, made, corpus, key)
+                remove(out, NOTE)
+    return load_dataset_info(out)
+
+
+def write_folder(out, source, core, made, corpus, key):
+    """Write pictures, tokenizer and examples, and last dataset.json."""
+    streams, known, sums, encode = {}, {}, [], Encoder(core)
+    end = separator_id(source, core)
+    for split, (pictures, texts, groups) in made.items():
+        pixels = (pictures * 255).round().to(torch.uint8).numpy()
+        np.savez(
+            out / f"{split}.npz",
+            pictures=pixels,
+            texts=np.array(texts),
+            groups=np.array(groups),
         )
-        return DatasetInfo(**info)
-    require(
-        not out.exists() or not any(out.iterdir()),
-        f"{out} is not empty: choose another --out, or delete it",
+        streams[split] = np.array(
+            [i for row in encode(texts) for i in (end, *row)]
+        )
+        sums += [pixels.tobytes(), "\n".join(texts).encode()]
+        known |= {
+            f"{split}_shards": 0,
+            f"{split}_documents": len(texts),
+            f"{split}_tokens": len(streams[split]),
+            f"{split}_bytes": sum(len(t.encode()) for t in texts),
+        }
+    (out / "tokenizer").mkdir(exist_ok=True)
+    for file in source.glob("tokenizer*.json"):
+        shutil.copyfile(file, out / "tokenizer" / file.name)
+    pictures, texts, _ = made["val"]
+    save_examples(pictures, texts, out / "examples")
+    V = 1 + max(core.get_vocab().values())
+    info = DatasetInfo(
+        corpus=corpus,
+        tokenizer=source.name,
+        tokenizer_hash=digest((source / "tokenizer.json").read_bytes()),
+        vocab_size=V,
+        end_of_text=end,
+        unigram_nats=ngram_nats(streams["train"], streams["val"], V, 1),
+        bigram_nats=ngram_nats(streams["train"], streams["val"], V, 2),
+        bytes_per_token=known["val_bytes"] / known["val_tokens"],
+        hash=digest(*sums),
+        settings=key,
+        **known,
     )
-    known, streams, sums = {}, {}, []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "tokenizer").mkdir()
-        for file in source.glob("tokenizer*.json"):
-            shutil.copyfile(file, out / "tokenizer" / file.name)
-        for split in ("train", "val"):
-            pictures, texts, groups = make_pictures(corpus, split, count)
-            pixels = (pictures * 255).round().to(torch.uint8).numpy()
-            np.savez(
-                out / f"{split}.npz",
-                pictures=pixels,
-                texts=np.array(texts),
-                groups=np.array(groups),
-            )
-            ids = [e.ids for e in core.encode_batch_fast(texts)]
-            streams[split] = np.array([i for row in ids for i in (end, *row)])
-            sums += [pixels.tobytes(), "\n".join(texts).encode()]
-            known |= {
-                f"{split}_shards": 0,
-                f"{split}_documents": len(texts),
-                f"{split}_tokens": len(streams[split]),
-                f"{split}_bytes": sum(len(t.encode()) for t in texts),
-            }
-        save_examples(pictures, texts, out / "examples")
-        V = 1 + max(core.get_vocab().values())
-        info = DatasetInfo(
-            corpus=corpus,
-            tokenizer=source.name,
-            tokenizer_hash=name,
-            vocab_size=V,
-            end_of_text=end,
-            unigram_nats=ngram_nats(streams["train"], streams["val"], V, 1),
-            bigram_nats=ngram_nats(streams["train"], streams["val"], V, 2),
-            bytes_per_token=known["val_bytes"] / known["val_tokens"],
-            hash=digest(*sums),
-            settings=key,
-            **known,
-        )
-        write_json(out / "dataset.json", asdict(info))
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error}") from error
-    return info
+    write_json(out / "dataset.json", asdict(info))
 
 
 def save_examples(pictures, texts, folder, count=8):
     """Write some held-out pictures as files, dark ink on white paper."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for i in range(0, len(texts), max(1, len(texts) // count)):
         name = texts[i].strip().replace(" ", "_")
         write_picture(folder / f"{i:04d}_{name}.png", pictures[i])

@@ -1,5 +1,6 @@
 """Words in the fonts that matplotlib brings: what chapter 27 reads second."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def word_list(new):
     return [word for word in words if (hash_place(word) < 0.2) == new]
 
 
+@functools.cache
+def load_font(path, size):
+    """A TrueType file's letters in `size` pixels; a file is read once."""
+    from PIL import ImageFont
+
+    return ImageFont.truetype(path, size)
+
+
 def draw_word(word, font, size, across, down):
     """A word as ink on paper, uint8 [16, 48], 255 is ink.
 
@@ -64,10 +73,10 @@ def draw_word(word, font, size, across, down):
         size: of the letters in pixels; smaller where the word is too wide.
         across, down: from 0 to 1, where in the free space it stands.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     while True:
-        type = ImageFont.truetype(font, size)
+        type = load_font(font, size)
         left, top, right, bottom = type.getbbox(word)
         if right - left <= WORD_WIDTH and bottom - top <= WORD_HEIGHT:
             break

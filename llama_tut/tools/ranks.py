@@ -34,7 +34,6 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     device: torch.device = torch.device("cpu")
     gloo_group: object = None
 
@@ -63,7 +62,7 @@ def start(device="auto", timeout_s=20):
     group = None
     if world_size > 1:
         group = connect(device, timedelta(seconds=timeout_s))
-    return Ranks(rank, world_size, local_rank, device, group)
+    return Ranks(rank, world_size, device, group)
 
 
 ADVICE = (

@@ -60,6 +60,11 @@ def lock_folder(folder, resume, wait_s=5):
         check_folder(folder, resume)
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / ".lock").acquire(timeout=wait_s)
+        try:
+            check_folder(folder, resume)  # we may have waited for a run's end
+        except BaseException:
+            held.lock.release()
+            raise
     except Timeout as error:
         raise InputError(
             f"{folder} is in use by a run that is going on: wait for it, "
@@ -108,6 +113,12 @@ def read_metrics(path):
     return [line for _, line in read_jsonl(path, cut_off="drop")]
 
 
+def was_measured(folder):
+    """Whether the last line of a run's metrics has a validation loss."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return bool(lines) and "val_loss" in lines[-1]
+
+
 def truncate_metrics(path, step):
     """Drop the lines of steps after `step`: they will be done again."""
     if path.exists():
@@ -142,9 +153,11 @@ class Recorder:
             print(json.dumps(line), file=self.file, flush=True)
             for name in line.keys() - {"step", "tokens"}:
                 self.board.add_scalar(name, line[name], line["step"])
-        speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed}", False)
-        self.bar.update()
+        if "loss" in line:
+            speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+            text = f"loss {line['loss']:.3f}, {speed}"
+            self.bar.set_postfix_str(text, False)
+            self.bar.update()
 
     def flush(self):
         """Wait until the lines are on the disk.

@@ -118,7 +118,7 @@ def read_tensors(table, names, dtype=None, device=None):
     """
     for name, stored in table.items():
         table[name] = stored._replace(tensor=stored.tensor.to("meta"))
-    piece = torch.empty(2**20, dtype=torch.uint8)
+    piece = torch.empty(2**20, dtype=torch.uint8, device="cpu")
     for path in {table[name].path: None for name in names}:
         with open(path, "rb") as file:
             for name in names:

@@ -1,24 +1,8 @@
 """Statistics: how far two means can differ by chance."""
 
-import numpy as np
 from scipy import stats
 
 from llama_tut.tools.files import require
-
-
-def t_interval(values, level=0.95):
-    """The mean of some runs, and half of its interval by Student's t.
-
-    Args:
-        values: one number per run, two or more.
-        level: how often such an interval holds the true mean.
-
-    Returns:
-        Two floats; the interval is mean - half to mean + half.
-    """
-    values = np.asarray(values, dtype=float)
-    half = stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1)
-    return float(values.mean()), float(half)
 
 
 def share_interval(share, count, level=0.95):

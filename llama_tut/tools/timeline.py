@@ -34,7 +34,7 @@ def draw_timeline(ax, timeline, turn):
         colors=[COLORS[name] for name in timeline],
     )
     ax.axvline(turn, color="0.3", lw=0.8)
-    ax.set(xlabel="operations of a step, percent", ylabel="GB of a rank")
+    ax.set(xlabel="operations of a step, percent", ylabel="GB per rank")
     ax.set(xlim=(0, 100))
     ax.margins(y=0.08)
     ax.text(turn - 1, ax.get_ylim()[1] * 0.97, "forward", ha="right", va="top")

@@ -69,6 +69,20 @@ def test_muon_needs_less_memory_than_planned():
         assert held <= plan["optimizer"]
 
 
+def test_frozen_weights_have_no_gradients():
+    config = configure({})
+    data = SimpleNamespace(vocab_size=2048, end_of_text=0)
+    with torch.device("meta"):
+        model = build_llama(config, data)
+    where = torch.device("cpu"), torch.float32
+    before = memory.plan(config, model, *where)
+    model.model.embed_tokens.requires_grad_(False)
+    after, frozen = memory.plan(config, model, *where), 2048 * 128
+    assert after["parameters"] == before["parameters"]
+    assert before["gradients"] - after["gradients"] == 4 * frozen
+    assert before["optimizer"] - after["optimizer"] == 8 * frozen
+
+
 @pytest.mark.parametrize("name", ["llama3-1b", "llama3-8b"])
 def test_llama_3_fits_eight_h100(name):
     """As its preset lays it out; the 8B model does not fit on one."""

@@ -31,20 +31,43 @@ def test_a_folder_is_written_read_and_found_again(corpus, text, tmp_path):
     assert len(drawn) == len(texts) == len(groups) == info.train_documents
     assert len(list((tmp_path / "data" / "examples").iterdir())) >= 8
     assert 0 < info.bigram_nats < info.unigram_nats
-    with pytest.raises(InputError, match="other data"):
+    with pytest.raises(InputError, match="another data set"):
         prepare_pictures(corpus, text, tmp_path / "data", 51)
 
 
 def test_folders_that_cannot_be_used(text, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="holds files"):
         prepare_pictures("digits", text, tmp_path / "full", 8)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="exists and is no folder"):
+        prepare_pictures("digits", text, tmp_path / "file", 8)
     with pytest.raises(InputError, match="tokenizer.json"):
         prepare_pictures("digits", tmp_path, tmp_path / "out", 8)
     np.savez(tmp_path / "train.npz", pictures=np.zeros(3))
     with pytest.raises(InputError, match="damaged"):
         read_pictures(tmp_path, "train")
+
+
+def test_a_failed_call_leaves_nothing_and_goes_on(text, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise InputError("no network")
+
+    out = tmp_path / "data"
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "make_pictures", fail)
+        with pytest.raises(InputError, match="no network"):
+            prepare_pictures("digits", text, out, 8)
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "save_examples", fail)  # in the middle
+        with pytest.raises(InputError, match="no network"):
+            prepare_pictures("digits", text, out, 8)
+    assert prepare_pictures("digits", text, out, 8).train_documents == 8
+    (out / "dataset.json").write_text("{")
+    with pytest.raises(InputError, match="dataset.json"):
+        prepare_pictures("digits", text, out, 8)
 
 
 def test_another_tokenizer_is_refused(text, tmp_path):

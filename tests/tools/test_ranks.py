@@ -35,7 +35,7 @@ ranks.start("cpu")
 
 def test_alone():
     ranks = start("cpu")
-    assert ranks == Ranks(0, 1, 0, torch.device("cpu"), None)
+    assert ranks == Ranks(0, 1, torch.device("cpu"), None)
     assert mean_over_ranks(torch.tensor(3.0)) == 3
     assert any_rank(True) and not any_rank(False)
     assert broadcast_object("x") == "x" and gather_objects("x") == ["x"]

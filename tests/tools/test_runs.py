@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -34,6 +36,27 @@ def test_a_folder_is_locked_once(tmp_path):
             lock_folder(tmp_path / "run", resume=True, wait_s=0)
     with lock_folder(tmp_path / "run", resume=False):
         pass
+
+
+def test_a_run_that_was_waited_for_is_not_overwritten(tmp_path):
+    """Two are started together: the second finds the run of the first."""
+    first, second = lock_folder(tmp_path, resume=False), []
+
+    def start():
+        try:
+            lock_folder(tmp_path, resume=False)
+        except InputError as error:
+            second.append(str(error))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    time.sleep(0.2)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    first.lock.release()
+    thread.join()
+    assert "holds a run already" in second[0]
+    with lock_folder(tmp_path, resume=True, wait_s=0):
+        pass  # it has given the lock back
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "checkpoints"])
