@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 from llama_tut.plan import Setup, make_plan, rehearse
+from llama_tut.tools import cli
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.plans import GPUS, LLAMA3
 
@@ -89,6 +90,7 @@ def seventy():
 
 
 def main():
+    cli.Parser(description=__doc__.split("\n")[0]).parse_args()
     eight = LLAMA3["llama3-8b"]
     first = make_plan(eight, Setup(8), GPUS["H100"])
     result = {
@@ -120,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -8,9 +8,10 @@ step, three decimals. Chapter 13 reads it; notebooks/data/README.md says what
 it is.
 """
 
-import argparse
 import gzip
 from pathlib import Path
+
+from llama_tut.tools import cli
 
 OUT = Path(__file__).resolve().parent.parent / "notebooks" / "data"
 # The Mixtral folders name their accumulation steps, hence their ranks.
@@ -34,7 +35,7 @@ def train_losses(log):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("logs", type=Path, help="learn-llm/pretrain")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -55,4 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

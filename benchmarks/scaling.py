@@ -35,7 +35,7 @@ from llama_tut.scaling import (
     redraw,
 )
 from llama_tut.tools import cli, machine
-from llama_tut.tools.files import InputError
+from llama_tut.tools.files import InputError, require
 from llama_tut.tools.prepare import load_dataset_info
 
 T, TOKENS_A_STEP = 128, 512
@@ -272,6 +272,7 @@ def main():
     info = load_dataset_info(args.data)
     V = info.vocab_size
     jobs = grid_jobs(V)
+    require(args.workers > 0, "--workers must be at least 1")
     announce(jobs, V, args.workers)
     if args.plan:
         return

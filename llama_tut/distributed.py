@@ -18,9 +18,8 @@ from llama_tut.tools.compilation import try_one_pass
 
 def inner(model):
     """The model itself, without the wrappers of DDP and torch.compile."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        wrapper = "module" if hasattr(model, "module") else "_orig_mod"
-        model = getattr(model, wrapper)
+    for name in ("module", "_orig_mod") * 2:  # either may be outside
+        model = getattr(model, name, model)
     return model
 
 

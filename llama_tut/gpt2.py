@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 from llama_tut.config import option
 from llama_tut.model import LlamaForCausalLM
-from llama_tut.pretraining import llama_config
 from llama_tut.rope import LlamaRotaryEmbedding
 from llama_tut.tools.files import require
 from llama_tut.tools.gpt2_weights import check_gpt2, translate_gpt2
-from llama_tut.tools.options import check_choices
+from llama_tut.tools.options import check_choices, llama_config
 
 # The switches
 
@@ -68,7 +67,7 @@ class LadderConfig:
 
 
 class LearnedPositions(nn.Module):
-    """Embedding plus a learned vector of the position; without a cache."""
+    """Embedding plus a learned vector of the position."""
 
     def __init__(self, config):
         super().__init__()
@@ -76,13 +75,20 @@ class LearnedPositions(nn.Module):
         P = config.max_position_embeddings
         self.weight = nn.Parameter(torch.empty(V, D))  # [V, D]
         self.positions = nn.Parameter(torch.empty(P, D))  # [P, D]
+        self.start = 0  # how many tokens a cache has before these
 
     def forward(self, ids):
-        """ids [B, T] -> [B, T, D]; InputError if T is more than P."""
-        T, P = ids.shape[1], len(self.positions)
-        require(T <= P, f"{T} tokens, but the table has {P} positions")
-        table = self.positions[:T]  # [T, D]
+        """ids [B, T] -> [B, T, D]; InputError beyond the table."""
+        end, P = self.start + ids.shape[1], len(self.positions)
+        require(end <= P, f"{end} tokens, but the table has {P} positions")
+        table = self.positions[self.start : end]  # [T, D]
         return F.embedding(ids, self.weight) + table  # [B, T, D]
+
+
+def count_on(body, inputs, options):
+    """Before a pass of a `LlamaModel`: positions go on after its cache."""
+    cache = options.get("cache", inputs[3] if len(inputs) > 3 else None)
+    body.embed_tokens.start = cache[0].length if cache else 0
 
 
 class NoRotation(LlamaRotaryEmbedding):
@@ -139,6 +145,7 @@ def swap_parts(model, config):
     body = model.model
     if config.positions == "learned":
         body.embed_tokens = LearnedPositions(config)
+        body.register_forward_pre_hook(count_on, with_kwargs=True)
     if config.positions != "rotary":
         body.rotary_emb = NoRotation(config)
     if config.norm == "layer":
@@ -257,6 +264,7 @@ def rung(name, base):
         deeper = replace(tied, num_hidden_layers=tied.num_hidden_layers + 2)
         return with_size(deeper, size_of(untied))
     changes = changes_of(name)
+    # fit the width with a tied head; a head of its own comes on top
     tied = changes.pop("tie_word_embeddings", True)
     config = with_size(replace(base, **changes), size_of(base))
     return replace(config, tie_word_embeddings=tied)

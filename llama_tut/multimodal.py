@@ -167,8 +167,11 @@ class PictureLoader(ShardLoader):
         found = read_pictures(self.folder, self.split)
         self.pictures, self.texts, self.groups = found
         tokenizer = read_tokenizer(Path(self.folder) / "tokenizer")
-        encoded = tokenizer.encode_batch_fast(self.texts)
-        self.answers = [one.ids for one in encoded]
+        ids = {
+            text: tokenizer.encode(text, add_special_tokens=False).ids
+            for text in set(self.texts)
+        }
+        self.answers = [ids[text] for text in self.texts]
         longest = 1 + self.config.places + max(map(len, self.answers))
         require(
             longest <= self.sequence_length,
@@ -188,12 +191,12 @@ class PictureLoader(ShardLoader):
         B, T = self.batch_size, self.sequence_length
         seed = self.seed if self.shuffle else None
         rows = rows_at(position + self.rank * B, B, len(self), seed)
-        ids, targets = torch.full((B, T), self.end), torch.full((B, T), -100)
-        for i, row in enumerate(rows):
+        ids, targets = [], []
+        for row in rows:
             own, wanted = picture_row(self.answers[row], self.config, self.end)
-            ids[i, : len(own)] = torch.tensor(own)
-            targets[i, : len(own)] = torch.tensor(wanted)
-        return ids, self.pictures[rows], targets
+            ids.append(own + [self.end] * (T - len(own)))
+            targets.append(wanted + [-100] * (T - len(own)))
+        return torch.tensor(ids), self.pictures[rows], torch.tensor(targets)
 
 
 # Training, with the trainer that we have
@@ -221,8 +224,8 @@ def build_pictures(config, info):
     options = extra_options(config, PictureOptions)
     folder = find_pretrained(options.text_model)
     check_same_tokenizer(config.data, folder)
-    text = load_pretrained(folder)
-    _ = text.requires_grad_(not options.freeze_text)
+    text = load_pretrained(folder, torch.float32)  # as all that is trained
+    text.requires_grad_(not options.freeze_text)
     return PictureLlama(text, picture_config(config))
 
 
@@ -255,12 +258,15 @@ def save_pictures(model, folder, tokenizer=None):
     write_processor(model.config, folder)
 
 
-def load_pictures(folder):
-    """The `PictureLlama` of a folder that `save_pictures` wrote."""
+def load_pictures(folder, dtype=None):
+    """The `PictureLlama` of a folder that `save_pictures` wrote.
+
+    With `dtype` it is cast; None keeps the dtype in which it is stored.
+    """
     config = read_picture_config(folder)
     with without_memory():
         model = PictureLlama(LlamaForCausalLM(config.text), config)
-    return load_state(model, tensor_table(folder))
+    return load_state(model, tensor_table(folder), dtype)
 
 
 # The model reads

@@ -20,7 +20,8 @@ def parameter_groups(model, weight_decay, muon=False):
     norms and biases have one and do not: zero is no natural value for a gain.
 
     Args:
-        model: the inner model, before anything flattens its parameters.
+        model: the model itself, before anything wraps it or flattens its
+            parameters.
         muon: put the matrices of the blocks, and stacks of matrices (the
             experts of chapter 26), into a group marked `muon`.
     """
@@ -29,6 +30,7 @@ def parameter_groups(model, weight_decay, muon=False):
         # Blocks are numbered, as in layers.0; embeddings and head are not.
         in_block = any(part.isdigit() for part in name.split("."))
         key = p.dim() >= 2, muon and in_block and p.dim() >= 2
+        # torch takes (name, tensor) pairs, and keeps names for checkpoints
         groups.setdefault(key, []).append((name, p))
     return [
         {
@@ -109,7 +111,8 @@ def muon_step(state, matrices, group, momentum):
     """One step of Muon, in place, for matrices of one shape, or for stacks
     of them, [..., rows, columns]: each matrix of a stack is its own."""
     for p in matrices:
-        if not state[p]:  # AdamW's loader expects a `step` everywhere
+        if not state[p]:
+            # AdamW.load_state_dict looks for a `step` in every state
             state[p]["step"] = torch.zeros(())
             state[p]["momentum"] = torch.zeros_like(p)
     means = [state[p]["momentum"] for p in matrices]
@@ -176,7 +179,7 @@ def build_optimizer(
     weight_decay=0.1,
     betas=(0.9, 0.95),
 ):
-    """The optimizer of this name for the inner model, fused where torch can.
+    """The optimizer of this name for a model, fused where torch can.
 
     Args:
         name: "adamw", or "muon": Muon for the matrices inside the blocks,

@@ -365,7 +365,8 @@ def make_plan(config, setup, gpu, change=None):
         memory, {purpose: bytes} at the peak of a rank, and peak_bytes; flops
         of a rank; wire_bytes, {what: bytes of the messages that a rank takes
         part in}; seconds, as `roofline` returns them, and limit;
-        tokens_per_second of all GPUs together; mfu, with chapter 8's FLOPs; timeline and turn.
+        tokens_per_second of all GPUs together; mfu, with chapter 8's FLOPs;
+        timeline and turn.
     """
     meter = rehearse(config, setup, change)
     seconds, ledger = roofline(meter, gpu), meter.ledger

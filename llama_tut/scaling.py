@@ -172,15 +172,16 @@ def predict_run(compute, sizes, losses, c, N, repeats=1000, seed=0):
 STARTS = [(-1.0, 0.5), (5.0, 15.0), (5.0, 15.0), (0.3, 1.0), (0.3, 1.0)]
 
 
-def fit_law(N, d, losses, floor=None):
+def fit_law(N, d, losses, floor=None, starts=STARTS):
     """The Law that fits runs best, and its sum of Huber losses.
 
-    N, d, losses: [n], float64; floor: a number to hold the floor at.
+    N, d, losses: [n], float64; floor: a number to hold the floor at; starts:
+    the values from which each of the five numbers starts.
     """
     logs = [np.log(np.asarray(x)) for x in (N, d, losses)]
     held = {} if floor is None else {0: math.log(floor)}
     free = [i for i in range(5) if i not in held]
-    starts = [(*held.values(),) if held else STARTS[0], *STARTS[1:]]
+    starts = [(*held.values(),) if held else starts[0], *starts[1:]]
     ends = [descend(s, *logs, free) for s in itertools.product(*starts)]
     theta, misfit = min(ends, key=lambda end: end[1])
     return Law(*np.exp(theta[:3]).tolist(), *theta[3:].tolist()), float(misfit)

@@ -69,7 +69,7 @@ def train_step(
 def training_steps(
     model, optimizer, next_batch, learning_rate, steps, first=0, k=1, **options
 ):
-    """Train, and yield what metrics.jsonl keeps of each step.
+    """Train, and yield a line of numbers for each step.
 
     Args:
         next_batch: called for each micro batch, gives a tuple as above.

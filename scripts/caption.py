@@ -48,7 +48,7 @@ def main():
     pictures = [read_picture(file, height, width) for file in args.image]
     tokenizer = read_tokenizer(folder)
     dtype = DTYPES[args.dtype]
-    model = load_pictures(folder).to(device=device, dtype=dtype)
+    model = load_pictures(folder, dtype).to(device)
     shown = torch.stack(pictures).to(device, model.text.output_weight.dtype)
     end = separator_id(folder, tokenizer)
     room = config.text.max_position_embeddings - 1 - config.places

@@ -103,6 +103,10 @@ def load(args, transformers=False, packed=False):
     """
     device = find_device(args.device)
     folder = find_pretrained(args.model)
+    require(
+        not (folder / "preprocessor_config.json").is_file(),
+        f"{folder} holds a model that reads pictures: use scripts/caption.py",
+    )
     read_config(folder)  # before transformers reads it, for the tokenizer
     tokenizer = load_tokenizer(folder)
     loader = load_transformers if transformers else load_pretrained

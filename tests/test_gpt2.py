@@ -19,6 +19,7 @@ from training_setup import TINY, tiny_data
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llama_tut.config import LlamaConfig
+from llama_tut.generate import generate
 from llama_tut.gpt2 import (
     BESIDE,
     LADDER,
@@ -164,6 +165,18 @@ def test_without_positions_earlier_tokens_have_no_order():
 def test_unknown_parts_are_refused(change):
     with pytest.raises(InputError, match="take"):
         LadderConfig(**change)
+
+
+@torch.no_grad()
+def test_text_with_a_cache_is_that_without():
+    """Learned positions go on after the cache."""
+    torch.manual_seed(0)
+    model = LadderForCausalLM(LadderConfig(60, 32, 64, 2, 2, 16)).eval()
+    ids = torch.randint(60, (1, 5))
+    found = generate(model, ids, 8)
+    for _ in range(8):
+        ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), 1)
+    assert torch.equal(found, ids)
 
 
 def test_unknown_row_is_refused():

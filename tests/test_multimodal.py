@@ -13,6 +13,7 @@ from small_model import caller, refused, save_small_model
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
 
 from llama_tut.config import LlamaConfig
 from llama_tut.generate import generate
@@ -42,7 +43,7 @@ from llama_tut.tools.pictures import prepare_pictures, write_picture
 from llama_tut.tools.runs import read_metrics
 from llama_tut.tools.tokenizers import read_tokenizer
 from llama_tut.trainer import train_step
-from llama_tut.weights import load_pretrained
+from llama_tut.weights import load_pretrained, save_pretrained
 
 T = 24  # tokens of a row: start, eight places, two names in bytes
 
@@ -337,6 +338,54 @@ def test_frozen_text_stays_and_the_encoder_moves(folders, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_text_model_in_bfloat16_is_trained_in_float32(
+    folders, tmp_path, monkeypatch, capsys
+):
+    half = load_pretrained(folders[0], torch.bfloat16)
+    shutil.copytree(folders[0], tmp_path / "text")
+    save_pretrained(half, tmp_path / "text")
+    run(options((tmp_path / "text", folders[1]), tmp_path / "run", steps=1))
+    trained = load_pictures(tmp_path / "run" / "model")
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    mixed = PictureLlama(half, trained.config)  # as one was saved before
+    save_pictures(
+        mixed, tmp_path / "mixed", AutoTokenizer.from_pretrained(folders[0])
+    )
+    good = min((folders[1] / "examples").iterdir())
+    call = caption(monkeypatch, capsys)
+    asked = ("--model", tmp_path / "mixed", "--image", good)
+    capsys.readouterr()
+    refused(call(*asked), "mixes", "say which dtype")
+    assert call(*asked, "--dtype", "float32")[0] == 0
+
+
+def test_answers_have_no_special_tokens_of_their_own(
+    folders, config, tmp_path
+):
+    """A tokenizer such as Llama 3's begins each text that it is given."""
+    text, data = tmp_path / "text", tmp_path / "data"
+    shutil.copytree(folders[0], text)
+    file = text / "tokenizer.json"
+    core = json.loads(file.read_text())
+    token = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    core["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [token, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {
+            "<|endoftext|>": {
+                "id": "<|endoftext|>", "ids": [256], "tokens": ["<|endoftext|>"]
+            }
+        },
+    }  # fmt: skip
+    file.write_text(json.dumps(core))
+    info = prepare_pictures("digits", text, data, count=8)
+    plain = PictureLoader(folders[1], "val", 1, T, config=config, end=256)
+    ours = PictureLoader(data, "val", 1, T, config=config, end=256)
+    assert ours.answers == plain.answers
+    assert info.val_tokens == sum(1 + len(ids) for ids in ours.answers)
+
+
 def test_options_that_cannot_be(folders, config, tmp_path):
     with pytest.raises(InputError, match="without experts"):
         replace(config, text=MoEConfig(mlp="mixtral"))
@@ -356,8 +405,6 @@ def caption(monkeypatch, capsys):
 def test_caption_answers_and_refuses(
     model, folders, tmp_path, monkeypatch, capsys
 ):
-    from transformers import AutoTokenizer
-
     call = caption(monkeypatch, capsys)
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
     save_pictures(model, tmp_path / "model", tokenizer)

@@ -1,5 +1,6 @@
 """Options of scripts/train.py for parallel training, and what they refuse."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,3 +56,9 @@ def check_divisible(config, W):
             f"--tensor-parallel {W} cannot cut this model: its {what} "
             f"({number}) must be divisible by {W}",
         )
+    V = config.vocab_size  # rows are dealt out in equal pieces, but the last
+    require(
+        V > (W - 1) * math.ceil(V / W),
+        f"--tensor-parallel {W} leaves a rank without words: the vocabulary "
+        f"has {V}",
+    )

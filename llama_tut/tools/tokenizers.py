@@ -174,7 +174,7 @@ def read_tokenizer(folder):
     path = Path(folder) / "tokenizer.json"
     require(
         os.path.lexists(path),
-        f"{folder}: neither bpe nor gpt2, nor a folder with tokenizer.json",
+        f"{folder} holds no tokenizer.json (and is neither bpe nor gpt2)",
     )
     try:
         tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
@@ -293,7 +293,7 @@ def encode_prompt(folder, text, end_of_text, most):
     require(
         len(ids) < most,
         f"--prompt has {len(ids)} tokens, and the model reads {most}: "
-        "take a shorter one",
+        "take a shorter one, or --samples 0",
     )
     return ids
 
