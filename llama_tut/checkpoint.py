@@ -132,12 +132,12 @@ def verify_checkpoint(path):
 def require_finite(tensors, step):
     """Refuse to save an infinity or a NaN. Raises: InputError."""
     for name, tensor in tensors.items():
-        tensor = own_part(tensor)
+        tensor = own_part(tensor)  # a cut tensor: this rank's piece
         require(
             not tensor.is_floating_point() or tensor.isfinite().all(),
-            f"weights are not finite at step {step} ({name}), so nothing is "
-            "saved: go on from the checkpoint before, with --resume and a "
-            "smaller --learning-rate",
+            f"{name} is not finite at step {step}, so nothing is saved: go "
+            "on from the checkpoint before, with --resume and a smaller "
+            "--learning-rate",
         )
 
 

@@ -81,11 +81,11 @@ def warm_up_ddp_buckets(model, *batch, cast=nullcontext):
         try_one_pass(model, batch, cast)
 
 
-# Where the model lies
+# Where the model lives
 
 
 class Layout:
-    """Where the model lies on the ranks: all of it on each of them.
+    """Where the model lives: all of it on each rank.
 
     Attributes: `ranks` is who this process is; `readers` is who it is among
     those that read different rows; `memory` is what a rank's memory plan has

@@ -36,7 +36,7 @@ class LadderConfig:
     num_hidden_layers: int = option(12, "L, blocks")
     num_attention_heads: int = option(12, "H, heads")
     max_position_embeddings: int = option(1024, "P, rows of the table")
-    positions: Positions = option("learned", "how order is told")
+    positions: Positions = option("learned", "where a token's position enters")
     share_keys: int = option(1, "query heads that share a key head")
     norm: Literal["layer", "rms"] = option("layer", "LayerNorm or RMSNorm")
     activation: Activation = option("gelu", "swiglu has a gate")

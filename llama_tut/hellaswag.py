@@ -145,8 +145,10 @@ def score_rows(model, items, limit=None):
     """
     device = next(model.parameters()).device
     pairs = [(c, e) for c, endings in items for e in endings]
-    # An ending's last token predicts nothing that counts. [-0:] is all.
-    rows = [(c + e)[:-1][-(limit or 0) :] for c, e in pairs]
+    # An ending's last token predicts nothing that counts.
+    rows = [(c + e)[:-1] for c, e in pairs]
+    if limit is not None:
+        rows = [row[-limit:] for row in rows]
     T = max(map(len, rows))
     filled = [row + [0] * (T - len(row)) for row in rows]
     out = model(torch.tensor(filled, device=device))

@@ -30,7 +30,7 @@ def train_step(
     """One optimizer step on k micro batches, averaged over their targets.
 
     Args:
-        batches: tuples of tensors: the model's inputs, then the targets.
+        batches: tuples of tensors: inputs, then targets, not all -100.
         max_norm, clip: how the gradient is clipped; 0 does not clip.
         autocast: called for the context of each forward pass.
         sync: called with whether the micro batch is the last, for the
