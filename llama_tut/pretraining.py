@@ -8,7 +8,6 @@ import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -60,6 +59,7 @@ from llama_tut.tools.ranks import (
     wait_for_all,
 )
 from llama_tut.tools.runs import (
+    Run,
     check_finite,
     due,
     lock_folder,
@@ -174,12 +174,10 @@ def prepare_run(
         (config.beta1, config.beta2),
     )
     warm_up_ddp_buckets(parallel, *example, cast=cast)
-    run = SimpleNamespace(
-        config=config, info=info, ranks=ranks, layout=layout, say=say, step=0,
+    run = Run(
+        config=config, info=info, ranks=ranks, layout=layout, say=say,
         model=model, build=build, parallel=parallel, optimizer=optimizer,
-        autocast=cast,
-        loader=loader, validation=validation, recorder=None,
-        tokenizer=None, examples=None, choices=None, baselines={},
+        autocast=cast, loader=loader, validation=validation,
     )  # fmt: skip
     if config.resume:
         resume(run)

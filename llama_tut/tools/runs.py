@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,33 @@ from llama_tut.tools.files import (
     write_json,
 )
 from llama_tut.tools.ranks import own_part
+
+
+@dataclass
+class Run:
+    """What the functions of a run share (chapter 18)."""
+
+    config: object  #: its TrainConfig
+    info: object  #: the data's DatasetInfo
+    ranks: object  #: the Ranks that train together
+    layout: object  #: where the model lives, a Layout of chapter 16 or 24
+    say: object  #: prints a line, on rank 0
+    model: object  #: as it was built; it is evaluated, sampled and saved
+    build: object  #: makes another model of this kind
+    parallel: object  #: what a step calls: compiled, with DDP around it
+    optimizer: object  #: that of `model`
+    autocast: object  #: makes the context of matrix products
+    loader: object  #: rows to train on; its position is saved
+    validation: object  #: rows that are never trained on
+    step: int = 0  #: steps that are done
+    recorder: object = None  #: its Recorder, on rank 0
+    prompt: tuple = ()  #: ids that a sample begins with
+    tokenizer: object = None  #: of transformers, where it is needed
+    score_batch: object = None  #: scores rows of HellaSwag
+    examples: object = None  #: of HellaSwag, if it is measured
+    choices: object = None  #: of continuation choice, if it is measured
+    baselines: dict = field(default_factory=dict)  #: accuracies of choice
+    after_step: object = None  #: (model, line), called after each step
 
 
 def print0(rank, line):
