@@ -112,6 +112,21 @@ def test_opens_with_a_question_and_a_picture(notebook):
     assert any(here in cell.source for cell in early), f"{here} is not shown"
 
 
+def test_no_line_of_a_paragraph_begins_a_list_by_accident(notebook):
+    """A formula that is wrapped before its minus sign is torn in two."""
+    for cell in notebook.cells:
+        if cell.cell_type != "markdown":
+            continue
+        text = re.sub(r"```.*?```|\$\$.*?\$\$", "", cell.source, flags=re.S)
+        lines = text.splitlines()
+        begins = re.compile(r"([-+*>]|1[.)])( |$)")
+        item = re.compile(r"\s*([-+*>:|#]|\d+[.)]|  )")
+        for before, line in zip(lines, lines[1:], strict=False):
+            torn = begins.match(line) and before and not item.match(before)
+            lead = before.rstrip().endswith((":", "$$", "-->"))
+            assert not torn or lead, line
+
+
 def test_asks_breaks_and_counts(notebook):
     for tag, least in (("predict", 2), ("break", 1), ("cost", 1)):
         cells = [c for c in code_cells(notebook) if tag in tags(c)]
