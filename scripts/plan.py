@@ -68,7 +68,7 @@ def find_config(name):
 
 
 MOST = {
-    "gpus": 2**17,
+    "gpus": 2**15,  # a plan of so many takes two minutes
     "tensor_parallel": 2**10,
     "sequence_length": 2**24,
     "micro_batch_size": 2**16,
@@ -189,13 +189,14 @@ def main():
     )
     made = make_plan(config, setup, gpu)
     report(args, config, made, gpu, by_formula(config, setup))
+    out = args.json
     try:
-        if args.json is not None:
-            write_json(args.json, {"setup": vars(setup), **made})
-        if args.plot is not None:
+        if out is not None:
+            write_json(out, {"setup": vars(setup), **made})
+        out = args.plot
+        if out is not None:
             plot(args, made, gpu)
     except OSError as error:
-        out = error.filename or args.json or args.plot
         raise InputError(
             f"{out} cannot be written: {error.strerror}"
         ) from error

@@ -301,7 +301,7 @@ def test_script(folder, tmp_path):
         (("--model", "llama3-9b", "--gpus", 8), "llama3-405b"),
         (("--model", ".", "--gpus", 8), "no config.json"),
         (("--model", "llama3-8b", "--gpus", 0), "--gpus 0"),
-        (("--model", "llama3-8b", "--gpus", 10**12), "take 1 to 131,072"),
+        (("--model", "llama3-8b", "--gpus", 10**12), "take 1 to 32,768"),
         (("--model", "llama3-8b", "--gpus", 8, "--price", "nan"), "--price"),
         (
             ("--model", "llama3-8b", "--gpus", 9, "--tensor-parallel", 2),
