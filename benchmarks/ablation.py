@@ -27,10 +27,10 @@ from llama_tut.tools.choice import (
     choice_scores,
     read_choices,
 )
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import read_json, write_json
 from llama_tut.tools.machine import write_result
 from llama_tut.tools.options import configure
-from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.trainer import train_step
 
 TUNING, SEEDS = (11, 12, 13), (1, 2, 3, 4, 5)

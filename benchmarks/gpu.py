@@ -787,7 +787,7 @@ def small_runs(part, data, V):
 def run(part):
     """With the time that is left: a corpus, a prediction, a run, samples."""
     from llama_tut.scaling import fit_power, power
-    from llama_tut.tools.prepare import load_dataset_info
+    from llama_tut.tools.dataset import load_dataset_info
 
     began = time.monotonic()
     own = part.tiny and not part.data

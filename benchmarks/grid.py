@@ -21,9 +21,9 @@ import torch
 
 from llama_tut.fast.training import speed_up
 from llama_tut.pretraining import build_llama, train
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import InputError, write_json
 from llama_tut.tools.options import configure
-from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.runs import read_metrics
 
 

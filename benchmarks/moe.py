@@ -53,9 +53,9 @@ from llama_tut.moe import (
 )
 from llama_tut.optimizer import build_optimizer, learning_rate_at
 from llama_tut.tools import cli
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import read_json, write_json
 from llama_tut.tools.machine import write_result
-from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.trainer import evaluate, training_steps
 
 B, T = 8, 128

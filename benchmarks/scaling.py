@@ -35,8 +35,8 @@ from llama_tut.scaling import (
     redraw,
 )
 from llama_tut.tools import cli, machine
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import InputError, require
-from llama_tut.tools.prepare import load_dataset_info
 
 T, TOKENS_A_STEP = 128, 512
 LAYERS_AND_HEADS = {

@@ -25,10 +25,10 @@ from statistics import mean
 
 from llama_tut.tools import cli
 from llama_tut.tools.baselines import ngram_nats
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import read_json, require
 from llama_tut.tools.machine import RESULTS, ROOT, write_result
 from llama_tut.tools.options import flag
-from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.runs import read_metrics
 from llama_tut.tools.shards import first_tokens
 

@@ -42,9 +42,9 @@ from llama_tut.scaling import (
     predict_run,
 )
 from llama_tut.tools import cli
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import InputError, read_json
 from llama_tut.tools.machine import RESULTS, write_result
-from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.shards import first_tokens
 from llama_tut.weights import load_pretrained
 

@@ -37,6 +37,7 @@ from llama_tut.tools.choice import (
 )
 from llama_tut.tools.compilation import compile_model
 from llama_tut.tools.curves import write_results
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.devices import autocast, matmul_dtype, peak_flops
 from llama_tut.tools.files import read_json, require
 from llama_tut.tools.memory import announce
@@ -48,7 +49,6 @@ from llama_tut.tools.options import (
     saved_state,
 )
 from llama_tut.tools.predictions import check_items
-from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.ranks import (
     any_rank,
     mean_over_ranks,

@@ -31,6 +31,7 @@ from llama_tut.multimodal import (
 from llama_tut.parallel import ParallelLayout
 from llama_tut.pretraining import train
 from llama_tut.tools.cli import Parser, run
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import InputError, require
 from llama_tut.tools.moe_config import MoeOptions
 from llama_tut.tools.options import (
@@ -44,7 +45,6 @@ from llama_tut.tools.options import (
 )
 from llama_tut.tools.parallel_config import ParallelOptions
 from llama_tut.tools.picture_config import PictureOptions
-from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.shards import first_tokens
 from llama_tut.tools.start_config import StartOptions, check_start
 

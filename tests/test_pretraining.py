@@ -19,12 +19,12 @@ from llama_tut.pretraining import build_llama, build_text_loader, train
 from llama_tut.tools.choice import (
     read_choices,
 )
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import InputError, fingerprint
 from llama_tut.tools.options import (
     configure,
     llama_config,
 )
-from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -64,7 +64,7 @@ def test_a_run_from_counts_begins_where_the_pairs_are(
     tmp_path, monkeypatch, capsys
 ):
     """And --plain begins where every run begins."""
-    from llama_tut.tools.prepare import load_dataset_info
+    from llama_tut.tools.dataset import load_dataset_info
 
     data, first = tiny_data(tmp_path), {}
     call = caller("train", monkeypatch, capsys)

@@ -14,7 +14,7 @@ from llama_tut.loader import ShardLoader
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import build_optimizer
 from llama_tut.pretraining import build_llama
-from llama_tut.tools.prepare import load_dataset_info
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.ranks import Ranks
 from llama_tut.trainer import evaluate, train_step, training_steps
 

@@ -23,9 +23,9 @@ from llama_tut.distributed import Layout
 from llama_tut.model import LlamaForCausalLM
 from llama_tut.optimizer import learning_rate_at
 from llama_tut.pretraining import build_llama, train
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import InputError
 from llama_tut.tools.options import TrainConfig, configure, llama_config
-from llama_tut.tools.prepare import load_dataset_info
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import require
-from llama_tut.tools.prepare import load_dataset_info
 from llama_tut.tools.shards import first_tokens
 from llama_tut.tools.tokenizers import read_tokenizer
 

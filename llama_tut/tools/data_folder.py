@@ -16,6 +16,7 @@ from llama_tut.tools.files import InputError, require, write_atomic
 NOTE = "settings"  # the hash of what it will hold
 PROGRESS = "progress.npz"  # how far it has come
 OWN = ("tokenizer", "train_*.bin*", "val_*.bin*", f"{PROGRESS}*", NOTE)
+OWN += ("train.npz", "val.npz", "examples")  # of pictures
 
 
 def finished(out, key):
@@ -76,6 +77,38 @@ def remove(folder, *patterns):
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def make_once(out, key, fill):
+    """Fill a data folder, or find what the same call has made before.
+
+    Args:
+        key: hash of what it will hold.
+        fill: writes it, `dataset.json` last; with a note of its progress an
+            unfinished folder goes on, without one nothing is left of it.
+
+    Returns: its `DatasetInfo`.
+
+    Raises: InputError.
+    """
+    with system_errors(out):
+        if finished(out, key):
+            return load_dataset_info(out)
+        # Another process may be at work in the folder: all that has one of
+        # our names may be its own. With the lock we look again.
+        check_folder(out, ours=(*OWN, "dataset.json*"))
+        with locked(out):
+            if not finished(out, key):
+                check_folder(out)
+                begin(out, key)
+                try:
+                    fill()
+                except InputError:
+                    if not (out / PROGRESS).exists():  # no hours are lost
+                        remove(out, *OWN)
+                    raise
+                remove(out, PROGRESS, NOTE)
+    return load_dataset_info(out)
 
 
 @contextmanager

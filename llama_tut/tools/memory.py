@@ -68,9 +68,8 @@ def plan(
     N = sum(p.numel() for p in model.parameters())
     half = dtype == torch.bfloat16
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own, moving = (
-        math.ceil(n / (shards * tensor_parallel)) for n in (N, trained)
-    )
+    cut = shards * tensor_parallel
+    own, moving = math.ceil(N / cut), math.ceil(trained / cut)
     parts = {"parameters": 4 * own, "gradients": 4 * moving}
     parts["optimizer"] = 8 * moving
     if shards == 1:

@@ -56,8 +56,8 @@ def read_moe(hf):
         )
     names = MIXTRAL if kind == "mixtral" else GLM4
     sizes = ("num_experts_per_tok", "num_hidden_layers", "intermediate_size")
-    missing = [name for name in {**names}.keys() | {*sizes} if name not in hf]
-    require(not missing, f"config lacks {', '.join(sorted(missing))}")
+    missing = sorted((names.keys() | set(sizes)) - hf.keys())
+    require(not missing, f"config lacks {', '.join(missing)}")
     for name in sizes:
         check_number(f"config's {name}", hf[name], whole=True)
     own = {ours: hf[theirs] for theirs, ours in names.items()}

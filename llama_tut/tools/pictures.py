@@ -3,22 +3,15 @@
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from llama_tut.tools.baselines import ngram_nats
-from llama_tut.tools.data_folder import (
-    NOTE,
-    begin,
-    check_folder,
-    finished,
-    locked,
-    remove,
-    system_errors,
-)
-from llama_tut.tools.dataset import DatasetInfo, load_dataset_info
+from llama_tut.tools.data_folder import make_once
+from llama_tut.tools.dataset import DatasetInfo
 from llama_tut.tools.digits import DIGITS_WHEEL, digit_pairs
 from llama_tut.tools.files import (
     InputError,
@@ -85,27 +78,16 @@ def prepare_pictures(corpus, tokenizer, out, count=None):
     core = read_tokenizer(source)
     name = digest((source / "tokenizer.json").read_bytes())
     key = digest(json.dumps([corpus, count, name, DIGITS_WHEEL]).encode())
-    with system_errors(out):
-        if finished(out, key):
-            return load_dataset_info(out)
-        check_folder(out)
-        with locked(out):
-            if not finished(out, key):  # another process may have made it
-                made = {
-                    split: make_pictures(corpus, split, count)
-                    for split in ("train", "val")
-                }
-                begin(out, key)
-                write_folder(out, source, core, made, corpus, key)
-                remove(out, NOTE)
-    return load_dataset_info(out)
+    make = partial(write_folder, out, source, core, corpus, count, key)
+    return make_once(out, key, make)
 
 
-def write_folder(out, source, core, made, corpus, key):
+def write_folder(out, source, core, corpus, count, key):
     """Write pictures, tokenizer and examples, and last dataset.json."""
     streams, known, sums, encode = {}, {}, [], Encoder(core)
     end = separator_id(source, core)
-    for split, (pictures, texts, groups) in made.items():
+    for split in ("train", "val"):
+        pictures, texts, groups = make_pictures(corpus, split, count)
         pixels = (pictures * 255).round().to(torch.uint8).numpy()
         np.savez(
             out / f"{split}.npz",
@@ -126,7 +108,6 @@ def write_folder(out, source, core, made, corpus, key):
     (out / "tokenizer").mkdir(exist_ok=True)
     for file in source.glob("tokenizer*.json"):
         shutil.copyfile(file, out / "tokenizer" / file.name)
-    pictures, texts, _ = made["val"]
     save_examples(pictures, texts, out / "examples")
     V = 1 + max(core.get_vocab().values())
     info = DatasetInfo(

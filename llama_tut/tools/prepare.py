@@ -10,20 +10,14 @@ from pathlib import Path
 from llama_tut.tools.baselines import ngram_nats
 from llama_tut.tools.corpora import open_corpus
 from llama_tut.tools.data_folder import (
-    NOTE,
-    OWN,
     PROGRESS,
-    begin,
-    check_folder,
-    finished,
-    locked,
-    remove,
+    make_once,
     system_errors,
 )
-from llama_tut.tools.dataset import DatasetInfo, load_dataset_info
+from llama_tut.tools.dataset import DatasetInfo
 from llama_tut.tools.docs_corpus import docs_versions
 from llama_tut.tools.encoding import ShardWriter, write_shards
-from llama_tut.tools.files import InputError, digest, require, write_json
+from llama_tut.tools.files import digest, require, write_json
 from llama_tut.tools.machine import core_count
 from llama_tut.tools.pretrained import cache_folder
 from llama_tut.tools.shards import first_tokens, read_header
@@ -241,21 +235,9 @@ def prepare(corpus, out, processes=None, text_column=None, **options):
         asked = [asdict(settings), *check_tokenizer(settings)]
         text = open_corpus(corpus, settings.val_share, processes, text_column)
         key = digest(json.dumps([*asked, text.source]).encode())
-        if finished(out, key):
-            return load_dataset_info(out)
-        # Another process may be at work in the folder: all that has one of
-        # our names may be its own. With the lock we look again.
-        check_folder(out, ours=(*OWN, "dataset.json*"))
-        with locked(out):
-            if not finished(out, key):
-                check_folder(out)
-                begin(out, key)
-                try:
-                    known = fill_folder(out, settings, text)
-                    describe(out, settings, corpus, key, known)
-                except InputError:
-                    if not (out / PROGRESS).exists():  # no hours are lost
-                        remove(out, *OWN)
-                    raise
-                remove(out, PROGRESS, NOTE)
-    return load_dataset_info(out)
+
+    def fill():
+        known = fill_folder(out, settings, text)
+        describe(out, settings, corpus, key, known)
+
+    return make_once(out, key, fill)

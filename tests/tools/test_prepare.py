@@ -26,6 +26,7 @@ from llama_tut.tools import (
     tokenizers,
 )
 from llama_tut.tools import prepare as tool
+from llama_tut.tools.dataset import load_dataset_info
 from llama_tut.tools.files import InputError
 
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare.py")]
@@ -68,7 +69,7 @@ def contents(folder):
 
 def read_back(folder):
     """{split: documents} that the shards hold."""
-    info = tool.load_dataset_info(folder)
+    info = load_dataset_info(folder)
     auto = AutoTokenizer.from_pretrained(folder / "tokenizer")
     found = {}
     for split in ("train", "val"):
@@ -91,7 +92,7 @@ def test_no_token_is_lost(corpus, tmp_path, prepare):
     found = read_back(out)
     assert sorted(found["train"] + found["val"]) == sorted(documents(400))
     assert len(found["val"]) > 5
-    info = tool.load_dataset_info(out)
+    info = load_dataset_info(out)
     paths = sorted(out.glob("train_*.bin"))
     headers = [shards.read_header(path) for path in paths]
     assert len(paths) == info.train_shards > 3
@@ -170,7 +171,7 @@ def test_kill_9_and_go_on(corpus, tmp_path):
     process.wait()
     assert not (out / "dataset.json").exists()
     with pytest.raises(InputError, match="no dataset.json"):
-        tool.load_dataset_info(out)
+        load_dataset_info(out)
     for name in (out, tmp_path / "whole"):
         subprocess.run([*command, "--out", name], check=True)
     assert contents(out) == contents(tmp_path / "whole")
@@ -222,7 +223,7 @@ def test_a_folder_as_tokenizer(corpus, tmp_path, prepare):
     options = ("--corpus", corpus, "--tokenizer", own)
     out = tmp_path / "data"
     assert prepare(*options, "--vocab-size", 384, "--out", out)[0] == 0
-    info = tool.load_dataset_info(out)
+    info = load_dataset_info(out)
     assert info.vocab_size == 384
     assert contents(out / "tokenizer") == contents(own)
     result = prepare(*options, "--vocab-size", 319, "--out", tmp_path / "b")
@@ -237,7 +238,7 @@ def test_a_folder_as_tokenizer(corpus, tmp_path, prepare):
 def test_gpt2(corpus, tmp_path, prepare):
     options = ("--corpus", corpus, "--tokenizer", "gpt2")
     assert prepare(*options, "--out", tmp_path / "data")[0] == 0
-    info = tool.load_dataset_info(tmp_path / "data")
+    info = load_dataset_info(tmp_path / "data")
     assert (info.vocab_size, info.end_of_text) == (50257, 50256)
     found = read_back(tmp_path / "data")
     assert sorted(found["train"] + found["val"]) == sorted(documents(400))
@@ -264,7 +265,7 @@ def test_docs_from_a_few_modules(tmp_path, monkeypatch, prepare):
         )  # cached from now on
         monkeypatch.setattr(tool, "train_bpe", None)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    info = tool.load_dataset_info(tmp_path / "a")
+    info = load_dataset_info(tmp_path / "a")
     assert set(info.versions) == {"python", *docs_corpus.PACKAGES}
     found = read_back(tmp_path / "a")
     texts = found["train"] + found["val"]
@@ -524,7 +525,7 @@ def test_a_damaged_dataset_json_is_one_line(corpus, tmp_path, damage, says):
     path = tmp_path / "data" / "dataset.json"
     path.write_text(damage(path.read_text()))
     with pytest.raises(InputError, match=f"dataset.json.*{says}"):
-        tool.load_dataset_info(tmp_path / "data")
+        load_dataset_info(tmp_path / "data")
 
 
 # What a training run relies on
